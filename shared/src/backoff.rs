@@ -1,0 +1,58 @@
+//! Growing, jittered delays between attempts: one value, used wherever something is tried again.
+
+use std::time::Duration;
+
+use rand::RngExt as _;
+
+/// Doubles from `floor` to `ceiling`; each delay is drawn between half of that and the whole.
+#[derive(Clone, Debug)]
+pub struct Backoff {
+    floor: Duration,
+    ceiling: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    /// For a server that is away: quick at first, never a burden.
+    pub const RECONNECT: Self = Self::new(Duration::from_millis(50), Duration::from_secs(2));
+
+    #[must_use]
+    pub const fn new(floor: Duration, ceiling: Duration) -> Self {
+        Self { floor, ceiling, next: floor }
+    }
+
+    /// How long to wait before the next attempt.
+    pub fn delay(&mut self) -> Duration {
+        let whole = self.next;
+        self.next = (whole * 2).min(self.ceiling);
+        whole.mul_f64(rand::rng().random_range(0.5..=1.0))
+    }
+
+    /// After a success.
+    pub fn reset(&mut self) {
+        self.next = self.floor;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn delays_stay_between_half_the_floor_and_the_ceiling(
+            floor in 1u64..1_000, factor in 1u64..100, attempts in 1usize..50
+        ) {
+            let (floor, ceiling) = (Duration::from_millis(floor), Duration::from_millis(floor * factor));
+            let mut backoff = Backoff::new(floor, ceiling);
+            for attempt in 0..attempts {
+                let delay = backoff.delay();
+                prop_assert!(delay >= floor / 2 && delay <= ceiling, "attempt {}: {:?}", attempt, delay);
+            }
+            backoff.reset();
+            prop_assert!(backoff.delay() <= floor);
+        }
+    }
+}

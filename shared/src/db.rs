@@ -1,0 +1,357 @@
+//! Connections to PostgreSQL: a pool that prepares each statement once per connection, TLS as the
+//! DSN asks for it, a deadline on every call, and the migrations.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use bb8::ManageConnection;
+use bb8_postgres::PostgresConnectionManager;
+use tokio_postgres::{Client, Statement, error::SqlState};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use crate::{backoff::Backoff, tls};
+
+mod migrations {
+    refinery::embed_migrations!("../migrations");
+}
+
+/// Any number; the same for all versions of both binaries. The second half of the key is the
+/// schema, so that two installations in one database do not wait for each other.
+const MIGRATION_LOCK: i32 = 0x6f72_6401;
+
+/// How the pool is sized and how long it waits.
+#[derive(Clone, Debug)]
+pub struct PoolSettings {
+    pub max_conns: u32,
+    pub min_conns: u32,
+    pub max_lifetime: Duration,
+    pub idle_timeout: Duration,
+    pub check_period: Duration,
+    /// For a connection, and for a statement that only reads.
+    pub query_timeout: Duration,
+    /// For a transaction that writes.
+    pub write_timeout: Duration,
+}
+
+/// What went wrong between us and PostgreSQL, by what the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum DbError {
+    /// No connection was to be had: nothing was done.
+    #[error("PostgreSQL is away")]
+    Away(#[source] bb8::RunError<tokio_postgres::Error>),
+    /// The connection broke or fell silent: whether the statement took effect is not known.
+    #[error("the connection to PostgreSQL was lost")]
+    Lost(#[source] Option<tokio_postgres::Error>),
+    /// PostgreSQL refused the statement: it had no effect.
+    #[error("PostgreSQL refused the statement")]
+    Refused(#[source] tokio_postgres::Error),
+}
+
+/// Whose fault a refused statement is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The rows of the statement; fewer of them may be accepted.
+    Data,
+    /// Two transactions got in each other's way; the same again may succeed.
+    Contention,
+    /// The server: it stops, is full, is read-only, is not migrated.
+    Server,
+}
+
+impl From<tokio_postgres::Error> for DbError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        match error.code() {
+            // The server ends the connection with these; the commit may have been before it.
+            Some(&SqlState::ADMIN_SHUTDOWN | &SqlState::CRASH_SHUTDOWN | &SqlState::IDLE_SESSION_TIMEOUT) => {
+                Self::Lost(Some(error))
+            }
+            Some(_) => Self::Refused(error),
+            None => Self::Lost(Some(error)),
+        }
+    }
+}
+
+impl From<bb8::RunError<tokio_postgres::Error>> for DbError {
+    fn from(error: bb8::RunError<tokio_postgres::Error>) -> Self {
+        Self::Away(error)
+    }
+}
+
+impl DbError {
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        let Self::Refused(error) = self else { return Fault::Server };
+        // Classes of SQLSTATE, PostgreSQL manual, appendix A.
+        match error.code().map(|state| &state.code()[..2]) {
+            Some("40") => Fault::Contention,
+            // Data exceptions, violated constraints, cardinality, limits of the program, and what
+            // a trigger or function raises.
+            Some("21" | "22" | "23" | "54" | "P0" | "38" | "39" | "44") => Fault::Data,
+            _ => Fault::Server,
+        }
+    }
+}
+
+pub type Pool = bb8::Pool<Manager>;
+
+/// A pooled connection and the statements that were prepared on it.
+pub struct Connection {
+    client: Client,
+    statements: Mutex<HashMap<&'static str, Statement>>,
+    /// A call ran out of time: its answer may still come, so nobody else may ask here.
+    silent: AtomicBool,
+}
+
+impl Connection {
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Prepares `sql` on the first call, and has it ready afterwards.
+    ///
+    /// # Errors
+    /// As [`tokio_postgres::Client::prepare`].
+    pub async fn prepared(&self, sql: &'static str) -> Result<Statement, DbError> {
+        let known = self.statements.lock().unwrap_or_else(PoisonError::into_inner).get(sql).cloned();
+        if let Some(statement) = known {
+            return Ok(statement);
+        }
+        let statement = self.client.prepare(sql).await?;
+        self.statements.lock().unwrap_or_else(PoisonError::into_inner).insert(sql, statement.clone());
+        Ok(statement)
+    }
+
+    /// Runs `work` on this connection under a deadline. A connection that misses it is not used
+    /// again.
+    ///
+    /// # Errors
+    /// Those of `work`; [`DbError::Lost`] when the time is up.
+    pub async fn within<T>(
+        &self,
+        deadline: Duration,
+        work: impl Future<Output = Result<T, DbError>>,
+    ) -> Result<T, DbError> {
+        let guard = Unanswered(&self.silent);
+        match tokio::time::timeout(deadline, work).await {
+            Ok(result) => {
+                guard.answered();
+                result
+            }
+            Err(_) => Err(DbError::Lost(None)),
+        }
+    }
+}
+
+impl Connection {
+    /// Runs `work` in a transaction under a deadline: committed when it succeeds, rolled back
+    /// when it fails. `work` may use [`Self::client`] and nothing that begins another one.
+    ///
+    /// # Errors
+    /// Those of `work` and of the commit; [`DbError::Lost`] when the time is up.
+    pub async fn transaction<T>(
+        &self,
+        deadline: Duration,
+        work: impl Future<Output = Result<T, DbError>>,
+    ) -> Result<T, DbError> {
+        let transaction = async {
+            // Both are on their way before the first is answered: one round trip less.
+            let (begun, worked) = tokio::join!(biased; self.client.batch_execute("begin"), work);
+            let ended = match begun.map_err(DbError::from).and(worked) {
+                Ok(value) => self.client.batch_execute("commit").await.map(|()| Ok(value)),
+                Err(error) => self.client.batch_execute("rollback").await.map(|()| Err(error)),
+            };
+            ended.unwrap_or_else(|error| Err(error.into()))
+        };
+        self.within(deadline, transaction).await
+    }
+}
+
+/// Marks the connection when the work is given up, whether its time is up or its caller left.
+struct Unanswered<'a>(&'a AtomicBool);
+
+impl Unanswered<'_> {
+    fn answered(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Makes connections as the DSN says.
+#[derive(Debug)]
+pub struct Manager {
+    inner: PostgresConnectionManager<MakeRustlsConnect>,
+    set_up: String,
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connection").field("silent", &self.silent).finish_non_exhaustive()
+    }
+}
+
+impl ManageConnection for Manager {
+    type Connection = Connection;
+    type Error = tokio_postgres::Error;
+
+    async fn connect(&self) -> Result<Connection, tokio_postgres::Error> {
+        let client = self.inner.connect().await?;
+        client.batch_execute(&self.set_up).await?;
+        Ok(Connection { client, statements: Mutex::default(), silent: AtomicBool::new(false) })
+    }
+
+    async fn is_valid(&self, connection: &mut Connection) -> Result<(), tokio_postgres::Error> {
+        connection.client.simple_query("").await.map(drop)
+    }
+
+    fn has_broken(&self, connection: &mut Connection) -> bool {
+        connection.client.is_closed() || connection.silent.load(Ordering::Relaxed)
+    }
+}
+
+/// A pool that connects when it is first asked to: the database may be away now.
+///
+/// # Errors
+/// When the DSN makes no sense.
+pub fn pool(dsn: &str, application: &str, settings: &PoolSettings) -> anyhow::Result<Pool> {
+    let (dsn, tls) = tls::of_dsn(dsn)?;
+    let mut config: tokio_postgres::Config = dsn.parse().context("POSTGRES_DSN is not valid")?;
+    if config.get_hosts().is_empty() {
+        bail!("POSTGRES_DSN names no host");
+    }
+    if config.get_application_name().is_none() {
+        config.application_name(application);
+    }
+    if config.get_connect_timeout().is_none() {
+        config.connect_timeout(settings.query_timeout);
+    }
+    config.keepalives_idle(Duration::from_secs(30));
+    // statement_timeout: what we no longer wait for should not go on holding locks either.
+    // The plans: our statements join a handful of ids with an index. Prepared while the tables
+    // are still empty, the planner would choose to read them whole, and keep to that as they grow.
+    let set_up = format!(
+        "set statement_timeout = {}; set enable_seqscan = off; set enable_hashjoin = off; \
+         set enable_mergejoin = off; set plan_cache_mode = force_generic_plan; set jit = off",
+        settings.write_timeout.as_millis()
+    );
+    let manager = Manager { inner: PostgresConnectionManager::new(config, tls::connector(&tls)?), set_up };
+    Ok(bb8::Pool::builder()
+        .max_size(settings.max_conns)
+        .min_idle(settings.min_conns.min(settings.max_conns))
+        .max_lifetime(settings.max_lifetime)
+        .idle_timeout(settings.idle_timeout)
+        .reaper_rate(settings.check_period)
+        .connection_timeout(settings.query_timeout)
+        // A ping before each use costs a quarter of the throughput; a broken one shows itself.
+        .test_on_check_out(false)
+        .error_sink(Box::new(LogErrors))
+        .build_unchecked(manager))
+}
+
+#[derive(Debug)]
+struct LogErrors;
+
+impl bb8::ErrorSink<tokio_postgres::Error> for LogErrors {
+    fn sink(&self, error: tokio_postgres::Error) {
+        let error = anyhow::Error::from(error);
+        tracing::warn!(error = format!("{error:#}"), "cannot connect to PostgreSQL");
+    }
+
+    fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<tokio_postgres::Error>> {
+        Box::new(Self)
+    }
+}
+
+/// Why the schema is not what this binary needs.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// Trying again may help: the server is away, or does not let us in yet.
+    #[error("cannot migrate the database now")]
+    NotNow(#[source] anyhow::Error),
+    /// Somebody must look: an applied migration is not the one that we know by this number.
+    #[error("the database was migrated by other hands than ours")]
+    Diverged(#[source] refinery::Error),
+}
+
+/// Brings the schema up to what this binary needs. Two processes at once take turns; a schema
+/// that is newer is left as it is, one that was changed by other hands is refused.
+///
+/// # Errors
+/// When the database is away, or its history of migrations is not ours.
+pub async fn migrate(pool: &Pool) -> Result<(), MigrateError> {
+    // Longer than any statement of ours: another process may be building an index.
+    const PATIENCE: Duration = Duration::from_secs(3600);
+    let not_now = |error: tokio_postgres::Error| MigrateError::NotNow(error.into());
+    let mut connection = pool.dedicated_connection().await.map_err(not_now)?;
+    let client = &mut connection.client;
+    let lock = format!(
+        "set statement_timeout = {}; select pg_advisory_lock({MIGRATION_LOCK}, hashtext(current_schema()))",
+        PATIENCE.as_millis()
+    );
+    client.batch_execute(&lock).await.map_err(not_now)?;
+    let report = migrations::migrations::runner()
+        // Applied by a newer binary: expand before contract keeps those harmless to us.
+        .set_abort_missing(false)
+        .set_abort_divergent(true)
+        .run_async(client)
+        .await
+        .map_err(|error| match error.kind() {
+            refinery::error::Kind::DivergentVersion(..) => MigrateError::Diverged(error),
+            _ => MigrateError::NotNow(error.into()),
+        })?;
+    for applied in report.applied_migrations() {
+        tracing::info!(migration = %applied, "applied");
+    }
+    Ok(())
+}
+
+/// As [`migrate`], again and again until it is done.
+///
+/// # Errors
+/// When trying again cannot help.
+pub async fn migrate_when_possible(pool: &Pool) -> anyhow::Result<()> {
+    let mut backoff = Backoff::RECONNECT;
+    loop {
+        match migrate(pool).await {
+            Err(MigrateError::NotNow(error)) => {
+                tracing::warn!(error = format!("{error:#}"), "cannot migrate the database yet");
+                tokio::time::sleep(backoff.delay()).await;
+            }
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// Can this server be written to?
+///
+/// # Errors
+/// When it is away, or a standby.
+pub async fn writable(pool: &Pool, deadline: Duration) -> Result<bool, DbError> {
+    let check = async {
+        let connection = pool.get().await?;
+        let sql = "select not pg_is_in_recovery() and current_setting('transaction_read_only') = 'off'";
+        let statement = connection.prepared(sql).await?;
+        let row = connection.within(deadline, async { Ok(connection.client().query_one(&statement, &[]).await?) });
+        Ok(row.await?.get(0))
+    };
+    tokio::time::timeout(deadline, check).await.unwrap_or(Err(DbError::Lost(None)))
+}
+
+/// Shared by everything that talks to the database.
+#[derive(Clone, Debug)]
+pub struct Db {
+    pub pool: Pool,
+    pub settings: Arc<PoolSettings>,
+}

@@ -1,0 +1,300 @@
+//! The way to Kafka: client settings, topics, and a producer that survives its own fatal errors.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use rdkafka::{
+    ClientConfig, ClientContext, Statistics,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    config::RDKafkaLogLevel,
+    consumer::ConsumerContext,
+    error::{KafkaError, RDKafkaErrorCode},
+    metadata::MetadataTopic,
+    producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer as _},
+    util::Timeout,
+};
+
+use crate::{message::Headers, settings::KafkaSettings};
+
+/// How long a message may wait in memory for the broker. Below the sweeper's grace, so that it
+/// never sends what is still on its way from here.
+pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// For metadata and administration; the broker answers in milliseconds or not at all.
+const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Logs what librdkafka says, and remembers whether any broker is to be reached.
+#[derive(Clone, Debug, Default)]
+pub struct Context {
+    away: Arc<AtomicBool>,
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        // While a broker is away librdkafka says so for each attempt and broker: once per outage
+        // is enough, and `error` below says it.
+        if self.away.load(Ordering::Relaxed) && facility == "FAIL" {
+            tracing::debug!(facility, "librdkafka: {message}");
+            return;
+        }
+        match level {
+            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
+                tracing::warn!(facility, "librdkafka: {message}");
+            }
+            RDKafkaLogLevel::Warning | RDKafkaLogLevel::Notice => tracing::info!(facility, "librdkafka: {message}"),
+            RDKafkaLogLevel::Info | RDKafkaLogLevel::Debug => tracing::debug!(facility, "librdkafka: {message}"),
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+            if !self.away.swap(true, Ordering::Relaxed) {
+                tracing::warn!(reason, "Kafka is away");
+            }
+        } else {
+            tracing::debug!(error = %error, reason, "librdkafka");
+        }
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        for topic in statistics.topics.values() {
+            for partition in topic.partitions.values().filter(|p| p.partition >= 0 && p.consumer_lag >= 0) {
+                metrics::gauge!("orderstream_consumer_lag", "topic" => topic.topic.clone(), "partition" => partition.partition.to_string())
+                    .set(partition.consumer_lag as f64);
+            }
+        }
+    }
+}
+
+impl ConsumerContext for Context {}
+
+impl Context {
+    /// No broker has been reached since all of them were lost.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.away.load(Ordering::Relaxed)
+    }
+
+    /// A broker has answered.
+    pub fn is_back(&self) {
+        if self.away.swap(false, Ordering::Relaxed) {
+            tracing::info!("Kafka is back");
+        }
+    }
+}
+
+/// What all clients share; `KAFKA_CONFIG` comes last and wins.
+#[must_use]
+pub fn client_config(settings: &KafkaSettings, own: &[(&str, &str)]) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config
+        .set("bootstrap.servers", &settings.kafka_brokers)
+        .set("client.id", "orderstream")
+        // Quick to notice that a broker is back; the default waits up to 10 s.
+        .set("reconnect.backoff.ms", "100")
+        .set("reconnect.backoff.max.ms", "1000")
+        .set("socket.nagle.disable", "true")
+        .set_log_level(RDKafkaLogLevel::Notice);
+    for (key, value) in own {
+        config.set(*key, *value);
+    }
+    for (key, value) in &settings.kafka_config.0 {
+        config.set(key, value);
+    }
+    config
+}
+
+/// Sends without ever waiting, and is made anew when librdkafka gives up on it for good.
+#[derive(Clone)]
+pub struct Producer {
+    config: ClientConfig,
+    context: Context,
+    current: Arc<RwLock<FutureProducer<Context>>>,
+}
+
+impl Producer {
+    /// # Errors
+    /// When a property in `KAFKA_CONFIG` is unknown or wrong.
+    pub fn new(settings: &KafkaSettings) -> anyhow::Result<Self> {
+        let message_timeout = MESSAGE_TIMEOUT.as_millis().to_string();
+        let config = client_config(
+            settings,
+            &[
+                ("enable.idempotence", "true"),
+                ("acks", "all"),
+                ("message.timeout.ms", &message_timeout),
+                // Batches form while the broker is busy with the last one; waiting for more
+                // would be added to every answer.
+                ("linger.ms", "0"),
+                // What does not fit stays in the outbox. Bounds the memory of an outage.
+                ("queue.buffering.max.kbytes", "32768"),
+            ],
+        );
+        let context = Context::default();
+        let producer = config.create_with_context(context.clone()).context("KAFKA_CONFIG")?;
+        Ok(Self { config, context, current: Arc::new(RwLock::new(producer)) })
+    }
+
+    /// Was the broker there when we last looked?
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.context.is_away()
+    }
+
+    fn current(&self) -> FutureProducer<Context> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Queues a record. The result is the future of its delivery, or why it was not queued.
+    ///
+    /// # Errors
+    /// [`RDKafkaErrorCode::QueueFull`] while the broker takes less than we send, and what
+    /// librdkafka refuses at once, such as a record that is too large.
+    pub fn send(
+        &self,
+        topic: &str,
+        partition: Option<i32>,
+        key: &str,
+        headers: &Headers,
+        body: &str,
+    ) -> Result<DeliveryFuture, KafkaError> {
+        let mut record = FutureRecord::to(topic).key(key).payload(body).headers(headers.to_record());
+        record.partition = partition;
+        self.current().send_result(record).map_err(|(error, _)| error)
+    }
+
+    /// Waits for one delivery. After a fatal error the next message goes out by a new producer.
+    ///
+    /// # Errors
+    /// Why the broker does not have it, as far as we know.
+    pub async fn delivered(&self, delivery: DeliveryFuture) -> Result<(), KafkaError> {
+        let result = match delivery.await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err((error, _))) => Err(error),
+            Err(_) => Err(KafkaError::Canceled),
+        };
+        match &result {
+            Ok(()) => self.context.is_back(),
+            Err(_) => self.replace_if_fatal(),
+        }
+        result
+    }
+
+    fn replace_if_fatal(&self) {
+        let Some((code, reason)) = self.current().client().fatal_error() else { return };
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        if current.client().fatal_error().is_none() {
+            return; // somebody else was quicker
+        }
+        tracing::error!(code = %code, reason, "the Kafka producer failed for good; making a new one");
+        metrics::counter!("orderstream_producer_replaced_total").increment(1);
+        match self.config.create_with_context(self.context.clone()) {
+            Ok(producer) => {
+                let old = std::mem::replace(&mut *current, producer);
+                // Its end purges and waits.
+                tokio::task::spawn_blocking(move || drop(old));
+            }
+            Err(error) => tracing::error!(error = %error, "cannot make a Kafka producer"),
+        }
+    }
+
+    /// Asks the broker for a topic's metadata, which also opens the connection.
+    ///
+    /// # Errors
+    /// When no broker answers, or it does not know the topic.
+    pub async fn partitions(&self, topic: &str) -> anyhow::Result<i32> {
+        let producer = self.current();
+        let name = topic.to_owned();
+        let count = tokio::task::spawn_blocking(move || -> anyhow::Result<i32> {
+            let metadata = producer.client().fetch_metadata(Some(&name), ADMIN_TIMEOUT)?;
+            Ok(metadata.topics().first().map_or(0, |topic| i32::try_from(topic.partitions().len()).unwrap_or(0)))
+        });
+        match count.await?.with_context(|| format!("asking Kafka for topic {topic}"))? {
+            0 => bail!("Kafka does not know topic {topic}"),
+            count => {
+                self.context.is_back();
+                Ok(count)
+            }
+        }
+    }
+
+    /// Waits until nothing is queued or the time is up.
+    pub async fn flush(&self, deadline: Duration) {
+        let producer = self.current();
+        let flushed = tokio::task::spawn_blocking(move || producer.flush(Timeout::After(deadline))).await;
+        if !matches!(flushed, Ok(Ok(()))) {
+            tracing::warn!("not all messages were delivered before the end; the sweeper sends the rest");
+        }
+    }
+}
+
+/// Will this message never be taken, however often it is sent?
+#[must_use]
+pub fn is_refused(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(
+        error.rdkafka_error_code(),
+        Some(
+            Code::MessageSizeTooLarge
+                | Code::InvalidMessage
+                | Code::InvalidMessageSize
+                | Code::InvalidRecord
+                | Code::InvalidTopic
+                | Code::InvalidTimestamp
+        )
+    )
+}
+
+/// Makes the topics that are not there. Warns where one copy is all there is.
+///
+/// # Errors
+/// When no broker answers, or it refuses to make a topic.
+pub async fn ensure_topics(settings: &KafkaSettings, topics: &[&str]) -> anyhow::Result<()> {
+    let config = client_config(settings, &[]);
+    let admin: AdminClient<Context> = config.create_with_context(Context::default()).context("KAFKA_CONFIG")?;
+    let admin = Arc::new(admin);
+    let known = copies_by_topic(&admin).await?;
+    let missing: Vec<_> = topics.iter().filter(|topic| !known.contains_key(**topic)).collect();
+    let new: Vec<_> = missing
+        .iter()
+        .map(|name| {
+            let replication = TopicReplication::Fixed(settings.kafka_replication_factor);
+            NewTopic::new(name, settings.kafka_partitions, replication)
+        })
+        .collect();
+    if !new.is_empty() {
+        let options = AdminOptions::new().operation_timeout(Some(ADMIN_TIMEOUT)).request_timeout(Some(ADMIN_TIMEOUT));
+        for result in admin.create_topics(&new, &options).await.context("creating topics")? {
+            match result {
+                Ok(topic) => tracing::info!(topic, partitions = settings.kafka_partitions, "created topic"),
+                Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((topic, code)) => bail!("cannot create topic {topic}: {code}"),
+            }
+        }
+    }
+    let copies = if new.is_empty() { known } else { copies_by_topic(&admin).await? };
+    for topic in topics.iter().filter(|topic| copies.get(**topic) == Some(&1) && !settings.is_development()) {
+        tracing::warn!(
+            topic,
+            "has a single copy: a lost disk is a lost message. Set KAFKA_REPLICATION_FACTOR, or make the topic with 3"
+        );
+    }
+    Ok(())
+}
+
+async fn copies_by_topic(admin: &Arc<AdminClient<Context>>) -> anyhow::Result<HashMap<String, usize>> {
+    let admin = admin.clone();
+    tokio::task::spawn_blocking(move || {
+        let metadata = admin.inner().fetch_metadata(None, ADMIN_TIMEOUT).context("asking Kafka for its topics")?;
+        let copies = |topic: &MetadataTopic| topic.partitions().iter().map(|p| p.replicas().len()).min().unwrap_or(0);
+        Ok(metadata.topics().iter().map(|topic| (topic.name().to_owned(), copies(topic))).collect())
+    })
+    .await?
+}

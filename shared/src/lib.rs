@@ -1,0 +1,16 @@
+//! What both binaries use: the order and its money, lifecycles, messages, the outbox, and the ways
+//! to PostgreSQL, Kafka and HTTP clients.
+
+pub mod backoff;
+pub mod db;
+pub mod kafka;
+pub mod lifecycle;
+pub mod message;
+pub mod money;
+pub mod order;
+pub mod outbox;
+pub mod server;
+pub mod settings;
+pub mod shutdown;
+pub mod telemetry;
+mod tls;

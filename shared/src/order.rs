@@ -1,0 +1,377 @@
+//! What is in an order, and what it comes to: items, amount, currency. The door checks an
+//! order's own fields with this, the worker computes the amount with it.
+
+use std::{borrow::Cow, fmt};
+
+use iso_currency::Currency;
+use serde::{
+    Deserialize, Serialize,
+    de::{Deserializer, IgnoredAny, MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
+
+use crate::money::{Money, MoneyError};
+
+/// Exists in every lifecycle and is final.
+pub const DELETED: &str = "deleted";
+
+/// Longest user id, external id and product id, in characters.
+pub const MAX_ID: usize = 255;
+
+const QUANTITIES: std::ops::RangeInclusive<u32> = 1..=1_000_000;
+
+/// One position of an order, as it is stored and told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Item<'a> {
+    pub product_id: Cow<'a, str>,
+    pub quantity: u32,
+    pub unit_price: Money,
+}
+
+/// A rule that a value breaks, and where: a JSON pointer (RFC 6901) and a reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Violation {
+    pub pointer: String,
+    pub reason: String,
+}
+
+impl Violation {
+    pub fn new(pointer: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { pointer: pointer.into(), reason: reason.into() }
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.pointer, self.reason)
+    }
+}
+
+/// Are fields that we do not know an error? In a request's own items they are, since they may be
+/// misspelt ones; a marketplace's payload has fields of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unknown {
+    Refuse,
+    Ignore,
+}
+
+/// Reads a JSON array of items found at `pointer`; all that is wrong with it, not just the first.
+pub fn parse_items<'a>(raw: &'a RawValue, pointer: &str, unknown: Unknown) -> Result<Vec<Item<'a>>, Vec<Violation>> {
+    let Ok(entries) = serde_json::from_str::<Vec<&RawValue>>(raw.get()) else {
+        return Err(vec![Violation::new(pointer, "must be an array of items")]);
+    };
+    if entries.is_empty() {
+        return Err(vec![Violation::new(pointer, "must not be empty")]);
+    }
+    let mut violations = Vec::new();
+    let mut items = Vec::with_capacity(entries.len());
+    for (index, entry) in entries.into_iter().enumerate() {
+        items.extend(parse_item(entry, &format_args!("{pointer}/{index}"), unknown, &mut violations));
+    }
+    if violations.is_empty() { Ok(items) } else { Err(violations) }
+}
+
+#[derive(Default)]
+struct RawItem<'a> {
+    product_id: Option<&'a RawValue>,
+    quantity: Option<&'a RawValue>,
+    unit_price: Option<&'a RawValue>,
+    unknown: Vec<String>,
+    twice: Vec<&'static str>,
+}
+
+impl<'de> Deserialize<'de> for RawItem<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = RawItem<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an item object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut item = RawItem::default();
+                while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+                    let (field, name) = match &*key {
+                        "product_id" => (&mut item.product_id, "product_id"),
+                        "quantity" => (&mut item.quantity, "quantity"),
+                        "unit_price" | "price" => (&mut item.unit_price, "unit_price"),
+                        _ => {
+                            map.next_value::<IgnoredAny>()?;
+                            item.unknown.push(key.into_owned());
+                            continue;
+                        }
+                    };
+                    if field.replace(map.next_value()?).is_some() {
+                        item.twice.push(name);
+                    }
+                }
+                Ok(item)
+            }
+        }
+        deserializer.deserialize_map(Fields)
+    }
+}
+
+fn parse_item<'a>(
+    raw: &'a RawValue,
+    pointer: &fmt::Arguments<'_>,
+    unknown: Unknown,
+    violations: &mut Vec<Violation>,
+) -> Option<Item<'a>> {
+    let mut broken = |field: &str, reason: &dyn fmt::Display| {
+        let slash = if field.is_empty() { "" } else { "/" };
+        violations.push(Violation::new(format!("{pointer}{slash}{}", escape(field)), reason.to_string()));
+    };
+    let Ok(item) = serde_json::from_str::<RawItem<'a>>(raw.get()) else {
+        broken("", &"must be an object");
+        return None;
+    };
+    if unknown == Unknown::Refuse {
+        for name in &item.unknown {
+            broken(name, &"is not a field of an item (product_id, quantity, unit_price)");
+        }
+    }
+    for name in &item.twice {
+        broken(name, &"is given twice");
+    }
+    let product_id = match item.product_id.map(id) {
+        None => Err("is missing"),
+        Some(None) => Err("must be text or a whole number"),
+        Some(Some(id)) if id.is_empty() || id.chars().count() > MAX_ID => Err("must have 1 to 255 characters"),
+        Some(Some(id)) if id.contains('\0') => Err("must not contain \\u0000"),
+        Some(Some(id)) => Ok(id),
+    };
+    let quantity = item
+        .quantity
+        .ok_or("is missing")
+        .and_then(|raw| serde_json::from_str::<u32>(raw.get()).map_err(|_| "must be a whole number from 1 to 1000000"))
+        .and_then(|n| if QUANTITIES.contains(&n) { Ok(n) } else { Err("must be from 1 to 1000000") });
+    let unit_price = item.unit_price.map(money);
+    if let Err(reason) = &product_id {
+        broken("product_id", reason);
+    }
+    if let Err(reason) = &quantity {
+        broken("quantity", reason);
+    }
+    match &unit_price {
+        None => broken("unit_price", &"is missing"),
+        Some(Err(error)) => broken("unit_price", error),
+        Some(Ok(_)) => {}
+    }
+    Some(Item { product_id: product_id.ok()?, quantity: quantity.ok()?, unit_price: unit_price?.ok()? })
+}
+
+/// The text of a JSON string; a lone surrogate or another type is `None`.
+#[must_use]
+pub fn text(raw: &RawValue) -> Option<Cow<'_, str>> {
+    /// `Cow` alone would always copy: serde borrows only where it is told to.
+    #[derive(Deserialize)]
+    struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+    serde_json::from_str::<Text<'_>>(raw.get()).ok().map(|text| text.0)
+}
+
+/// An id from elsewhere: text, or a whole number, which is as good.
+#[must_use]
+pub fn id(raw: &RawValue) -> Option<Cow<'_, str>> {
+    let digits = raw.get().strip_prefix('-').unwrap_or(raw.get());
+    if digits.bytes().all(|byte| byte.is_ascii_digit()) { Some(raw.get().into()) } else { text(raw) }
+}
+
+/// Money from a JSON number or string.
+pub fn money(raw: &RawValue) -> Result<Money, MoneyError> {
+    match raw.get().as_bytes() {
+        [b'"', text @ .., b'"'] => Money::parse(std::str::from_utf8(text).unwrap_or_default()),
+        _ => Money::parse(raw.get()),
+    }
+}
+
+/// An ISO 4217 code, such as `BRL`.
+pub fn currency(code: &str) -> Result<&str, &'static str> {
+    match Currency::from_code(code) {
+        Some(_) => Ok(code),
+        None => Err("must be an ISO 4217 code such as USD"),
+    }
+}
+
+/// Escapes a field's name for a JSON pointer (RFC 6901, section 3).
+#[must_use]
+pub fn escape(name: &str) -> Cow<'_, str> {
+    if name.contains(['~', '/']) { name.replace('~', "~0").replace('/', "~1").into() } else { name.into() }
+}
+
+/// Σ unit price × quantity; `None` where it leaves the range of money.
+#[must_use]
+pub fn total(items: &[Item<'_>]) -> Option<Money> {
+    items.iter().try_fold(Money::ZERO, |sum, item| sum.plus(item.unit_price.times(item.quantity)?))
+}
+
+/// The fields that say what an order comes to. Its own fields count before those of `payload`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Content<'a> {
+    pub items: Option<&'a RawValue>,
+    pub amount: Option<Money>,
+    /// `None` only where `payload` has one that the door could not read.
+    pub currency: Option<&'a str>,
+    pub payload: Option<&'a RawValue>,
+}
+
+/// What an order comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Worth {
+    /// `None` where neither the order nor its payload says anything of money.
+    pub amount: Option<Money>,
+    pub currency: String,
+}
+
+/// Fields of a marketplace's payload that serve when the order's own are absent.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct PayloadFields<'a> {
+    #[serde(borrow)]
+    pub id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    pub items: Option<&'a RawValue>,
+    #[serde(borrow)]
+    pub amount: Option<&'a RawValue>,
+    #[serde(borrow)]
+    pub currency: Option<&'a RawValue>,
+}
+
+impl<'a> PayloadFields<'a> {
+    /// `payload` is a JSON object; of a field given twice nothing is known, so none is.
+    pub fn of(payload: &'a RawValue) -> Result<Self, Violation> {
+        serde_json::from_str(payload.get())
+            .map_err(|_| Violation::new("/payload", "gives id, items, amount or currency twice"))
+    }
+}
+
+/// What the content comes to, or every reason why that cannot be said.
+pub fn worth(content: &Content<'_>) -> Result<Worth, Vec<Violation>> {
+    let payload = match content.payload {
+        Some(payload) => PayloadFields::of(payload).map_err(|violation| vec![violation])?,
+        None => PayloadFields::default(),
+    };
+    let amount = amount_of(content, &payload);
+    let currency = match (content.currency, payload.currency.map(text)) {
+        (Some(own), _) => Ok(own.to_owned()),
+        (None, None) => Err(Violation::new("/currency", "is missing")),
+        (None, Some(None)) => Err(Violation::new("/payload/currency", "must be text")),
+        (None, Some(Some(code))) => {
+            currency(&code).map(str::to_owned).map_err(|reason| Violation::new("/payload/currency", reason))
+        }
+    };
+    match (amount, currency) {
+        (Ok(amount), Ok(currency)) => Ok(Worth { amount, currency }),
+        (amount, currency) => {
+            let mut violations = amount.err().unwrap_or_default();
+            violations.extend(currency.err());
+            Err(violations)
+        }
+    }
+}
+
+fn amount_of(content: &Content<'_>, payload: &PayloadFields<'_>) -> Result<Option<Money>, Vec<Violation>> {
+    let of_items = |raw, pointer, unknown| {
+        let items = parse_items(raw, pointer, unknown)?;
+        match total(&items) {
+            Some(total) => Ok(Some(total)),
+            None => Err(vec![Violation::new(pointer, "come to 10^14 or more")]),
+        }
+    };
+    if let Some(items) = content.items {
+        of_items(items, "/items", Unknown::Refuse)
+    } else if content.amount.is_some() {
+        Ok(content.amount)
+    } else if let Some(items) = payload.items {
+        of_items(items, "/payload/items", Unknown::Ignore)
+    } else if let Some(amount) = payload.amount {
+        money(amount).map(Some).map_err(|error| vec![Violation::new("/payload/amount", error.to_string())])
+    } else {
+        Ok(None)
+    }
+}
+
+/// Violations in one sentence, for people.
+#[must_use]
+pub fn sentence(violations: &[Violation]) -> String {
+    // A payload may break a rule ten thousand times; a reason is read by a person.
+    const SHOWN: usize = 5;
+    let mut text = violations.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    if violations.len() > SHOWN {
+        text.push_str(&format!("; and {} more", violations.len() - SHOWN));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn raw(text: &str) -> Box<RawValue> {
+        RawValue::from_string(text.to_owned()).unwrap()
+    }
+
+    fn worth_of(items: Option<&str>, amount: Option<&str>, payload: Option<&str>) -> Result<Option<Money>, String> {
+        let (items, payload) = (items.map(raw), payload.map(raw));
+        worth(&Content {
+            items: items.as_deref(),
+            amount: amount.map(|a| Money::parse(a).unwrap()),
+            currency: Some("USD"),
+            payload: payload.as_deref(),
+        })
+        .map(|worth| worth.amount)
+        .map_err(|violations| sentence(&violations))
+    }
+
+    #[test]
+    fn an_orders_own_fields_count_before_those_of_its_payload() {
+        let payload = r#"{"items":[{"product_id":"p","quantity":3,"price":"2.50","seller":"s"}],"amount":1}"#;
+        let money = |text| Ok(Some(Money::parse(text).unwrap()));
+        let own = r#"[{"product_id":"p","quantity":2,"unit_price":29.99}]"#;
+        assert_eq!(worth_of(Some(own), None, Some(payload)), money("59.98"));
+        assert_eq!(worth_of(None, Some("7"), Some(payload)), money("7"));
+        assert_eq!(worth_of(None, None, Some(payload)), money("7.50"));
+        assert_eq!(worth_of(None, None, Some(r#"{"amount":"1.10"}"#)), money("1.10"));
+        assert_eq!(worth_of(None, None, Some("{}")), Ok(None));
+    }
+
+    #[test]
+    fn a_refusal_names_each_place_and_reason() {
+        let items = r#"[{"product_id":"","quantity":0,"unit_price":-1},{"quantity":1.5,"a/b":1},7]"#;
+        let reasons = worth_of(Some(items), None, None).unwrap_err();
+        for part in [
+            "/items/0/product_id must have 1",
+            "/items/0/quantity must be from 1",
+            "/items/0/unit_price must not be neg",
+            "/items/1/a~1b is not a field",
+            "/items/1/product_id is missing",
+            "and 3 more",
+        ] {
+            assert!(reasons.contains(part), "{part} in {reasons}");
+        }
+        let most = r#"[{"product_id":"p","quantity":1000000,"unit_price":99999999999999}]"#;
+        assert_eq!(worth_of(Some(most), None, None).unwrap_err(), "/items come to 10^14 or more");
+    }
+
+    #[test]
+    fn a_currency_that_only_the_payload_has_is_checked_here() {
+        let payload = raw(r#"{"currency":"XXQ"}"#);
+        let content = Content { currency: None, payload: Some(&payload), ..Content::default() };
+        assert_eq!(sentence(&worth(&content).unwrap_err()), "/payload/currency must be an ISO 4217 code such as USD");
+        let own = Content { currency: Some("BRL"), ..content };
+        assert_eq!(worth(&own).unwrap().currency, "BRL");
+    }
+
+    proptest! {
+        #[test]
+        fn no_json_panics(json in r#"[\[\]{}",:0-9a-z\\.eE+-]{0,60}"#) {
+            if let Ok(raw) = RawValue::from_string(json) {
+                let _ = parse_items(&raw, "/items", Unknown::Ignore);
+                let _ = worth(&Content { currency: Some("USD"), payload: Some(&raw), ..Content::default() });
+            }
+        }
+    }
+}

@@ -1,0 +1,391 @@
+//! The outbox: messages that a committed transaction left to be sent (DESIGN 6.2). The process
+//! that wrote them sends them at once from memory; a sweeper sends what a crash or an outage left.
+//!
+//! One rule keeps the messages of an order in version order, whoever sends them: **a message goes
+//! out only when no earlier one of its order is in the table**, looked up in a statement begun
+//! after the commit that wrote it. A row leaves the table only when the broker has its message.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures_util::future::join_all;
+use rdkafka::error::KafkaError;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::Instant,
+};
+use tokio_postgres::{Row, SimpleQueryMessage};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+use crate::{
+    backoff::Backoff,
+    db::{Connection, Db, DbError},
+    kafka::{MESSAGE_TIMEOUT, Producer, is_refused},
+    message::{Headers, Message},
+};
+
+/// Most rows that one sweep sends at once.
+const SWEEP_LIMIT: i64 = 2_000;
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Longer than a message may take to be given up, and the statements around it.
+const SWEEP_TIMEOUT: Duration = Duration::from_secs(20);
+/// Delivered batches that wait to be deleted; beyond that they stay and are sent once more.
+const DELIVERED_QUEUE: usize = 4_096;
+/// Most rows in one delete.
+const DELETE_LIMIT: usize = 4_096;
+/// Batches whose messages wait for earlier ones; beyond that the sweeper has them.
+const HOLDERS: usize = 64;
+/// How often a held-back message looks whether the earlier one is gone.
+const HOLD_POLL: Duration = Duration::from_millis(3);
+
+/// The primary key of a row.
+type RowId = (Uuid, i64, i16);
+
+/// Sends the messages of committed transactions and forgets those that the broker has.
+#[derive(Clone)]
+pub struct Outbox {
+    db: Db,
+    producer: Producer,
+    grace: Duration,
+    delivered: mpsc::Sender<Vec<RowId>>,
+    holders: Arc<Semaphore>,
+    sending: TaskTracker,
+}
+
+impl Outbox {
+    /// `grace` is the age at which the sweeper sends a row; more than [`MESSAGE_TIMEOUT`]. The
+    /// returned future deletes what was delivered, and ends when the last clone is dropped.
+    pub fn new(db: Db, producer: Producer, grace: Duration) -> (Self, impl Future<Output = ()> + Send) {
+        let (delivered, queue) = mpsc::channel(DELIVERED_QUEUE);
+        let deleter = delete_delivered(db.clone(), queue);
+        let holders = Arc::new(Semaphore::new(HOLDERS));
+        (Self { db, producer, grace, delivered, holders, sending: TaskTracker::new() }, deleter)
+    }
+
+    #[must_use]
+    pub fn producer(&self) -> &Producer {
+        &self.producer
+    }
+
+    /// Sends messages whose transaction has committed; returns at once. `written` is when that
+    /// transaction began to write.
+    pub fn publish(&self, messages: Vec<Message>, written: Instant) {
+        // A first version has no earlier one, and needs no look.
+        let (first, later): (Vec<_>, Vec<_>) = messages.into_iter().partition(|message| message.version == 1);
+        if !first.is_empty() && self.is_fresh(written) {
+            self.send(first);
+        }
+        if later.is_empty() {
+            return;
+        }
+        if let Ok(permit) = self.holders.clone().try_acquire_owned() {
+            let outbox = self.clone();
+            self.sending.spawn(async move {
+                outbox.hold_back(later, written).await;
+                drop(permit);
+            });
+        }
+    }
+
+    /// Would a message queued now be delivered or dropped before the sweeper sends it? Not after
+    /// this process was stopped for a while, for instance.
+    fn is_fresh(&self, written: Instant) -> bool {
+        written.elapsed() + MESSAGE_TIMEOUT < self.grace
+    }
+
+    /// Sends each message as soon as no earlier one of its order is in the table. Those that wait
+    /// too long are the sweeper's.
+    async fn hold_back(&self, mut waiting: Vec<Message>, written: Instant) {
+        while !waiting.is_empty() && self.is_fresh(written) {
+            match self.have_earlier(&waiting).await {
+                Ok(held) => {
+                    let (held, free) = waiting.into_iter().partition(|m| held.contains(&(m.order_id, m.version)));
+                    waiting = held;
+                    if self.is_fresh(written) {
+                        self.send(free);
+                    }
+                    if !waiting.is_empty() {
+                        tokio::time::sleep(HOLD_POLL).await;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        error = format!("{:#}", anyhow::Error::from(error)),
+                        "looking for earlier messages; the sweeper sends these"
+                    );
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Which of these have an earlier message of their order in the table?
+    async fn have_earlier(&self, messages: &[Message]) -> Result<Vec<(Uuid, i64)>, DbError> {
+        const SQL: &str = "
+            select i.order_id, i.version
+            from unnest($1::uuid[], $2::bigint[]) as i(order_id, version)
+            where exists (select from outbox o where o.order_id = i.order_id and o.version < i.version)";
+        let ids: Vec<_> = messages.iter().map(|message| message.order_id).collect();
+        let versions: Vec<_> = messages.iter().map(|message| message.version).collect();
+        let connection = self.db.pool.get().await?;
+        let work = async {
+            let statement = connection.prepared(SQL).await?;
+            Ok(connection.client().query(&statement, &[&ids, &versions]).await?)
+        };
+        let rows = connection.within(self.db.settings.query_timeout, work).await?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    }
+
+    fn send(&self, messages: Vec<Message>) {
+        let mut deliveries = Vec::with_capacity(messages.len());
+        for message in messages {
+            let sent = self.producer.send(&message.topic, None, &message.key, &message.headers, &message.body);
+            match sent {
+                Ok(delivery) => deliveries.push((message, delivery)),
+                Err(error) => self.not_sent(message, &error),
+            }
+        }
+        let outbox = self.clone();
+        self.sending.spawn(async move {
+            let mut rows = Vec::with_capacity(deliveries.len());
+            for (message, delivery) in deliveries {
+                match outbox.producer.delivered(delivery).await {
+                    Ok(()) => rows.push((message.order_id, message.version, message.seq)),
+                    Err(error) => outbox.not_sent(message, &error),
+                }
+            }
+            // A full queue means that PostgreSQL is away: the rows stay, the sweeper repeats them.
+            if !rows.is_empty() && outbox.delivered.try_send(rows).is_err() {
+                tracing::warn!("too many delivered messages wait to be deleted; these will be sent again");
+            }
+        });
+    }
+
+    fn not_sent(&self, message: Message, error: &KafkaError) {
+        metrics::counter!("orderstream_outbox_unsent_total").increment(1);
+        if is_refused(error) {
+            let (db, reason) = (self.db.clone(), error.to_string());
+            self.sending.spawn(async move {
+                if let Err(error) = park(&db, &message, &reason).await {
+                    // It stays in the outbox, where the sweeper meets the same refusal.
+                    tracing::warn!(order.id = %message.order_id, error = format!("{:#}", anyhow::Error::from(error)), "cannot park a message");
+                }
+            });
+        } else {
+            tracing::debug!(order.id = %message.order_id, error = %error, "not sent; the sweeper will");
+        }
+    }
+
+    /// Waits until all that was published is delivered or given up.
+    pub async fn drain(&self, deadline: Instant) {
+        self.sending.close();
+        if tokio::time::timeout_at(deadline, self.sending.wait()).await.is_err() {
+            tracing::warn!("not all messages were delivered before the end; the sweeper sends the rest");
+        }
+    }
+
+    /// Sends what others left behind, until `stop`; any number of processes may run this: one at
+    /// a time sweeps.
+    pub async fn sweep(&self, stop: CancellationToken) {
+        let mut backoff = Backoff::RECONNECT;
+        loop {
+            let pause = match self.sweep_once().await {
+                Ok(sent) if sent > 0 => Duration::ZERO,
+                Ok(_) => {
+                    backoff.reset();
+                    SWEEP_INTERVAL
+                }
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "sweeping the outbox");
+                    backoff.delay().max(SWEEP_INTERVAL)
+                }
+            };
+            if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Sends the rows that are older than the grace and have no earlier one before them: at most
+    /// one per order, so that none overtakes another that fails. How many the broker took; 0
+    /// also when somebody else is sweeping.
+    ///
+    /// # Errors
+    /// When PostgreSQL is away or the broker took nothing.
+    pub async fn sweep_once(&self) -> anyhow::Result<usize> {
+        // The lock is the transaction's, so that it ends with the connection, or after a while in
+        // which this process was stopped.
+        const LOCK: &str = "
+            set local idle_in_transaction_session_timeout = '20s';
+            select pg_try_advisory_xact_lock(hashtext('orderstream.outbox'), hashtext(current_schema()))::text";
+        const OLD: &str = "
+            select order_id, version, seq, topic, key, headers::text, body
+            from outbox o
+            where created_at < clock_timestamp() - $1::float8 * interval '1 second'
+              and not exists (
+                select from outbox e where e.order_id = o.order_id and (e.version, e.seq) < (o.version, o.seq))
+            order by order_id, version, seq
+            limit $2";
+        let connection = self.db.pool.get().await.map_err(DbError::from)?;
+        let work = async {
+            let lock = connection.client().simple_query(LOCK).await?;
+            if !lock.iter().any(|m| matches!(m, SimpleQueryMessage::Row(row) if row.get(0) == Some("true"))) {
+                return Ok((0, 0, None));
+            }
+            let old = connection.prepared(OLD).await?;
+            let rows = connection.client().query(&old, &[&self.grace.as_secs_f64(), &SWEEP_LIMIT]).await?;
+            let (mut sent, mut failed) = (Vec::with_capacity(rows.len()), None);
+            for (message, result) in join_all(rows.iter().map(|row| self.resend(row))).await {
+                match result {
+                    Err(error) if !is_refused(&error) => failed = Some(error),
+                    refused_or_sent => {
+                        if let Err(error) = refused_or_sent {
+                            insert_parked(&connection, &message, &error.to_string()).await?;
+                        }
+                        sent.push((message.order_id, message.version, message.seq));
+                    }
+                }
+            }
+            delete_in(&connection, &sent).await?;
+            Ok((rows.len(), sent.len(), failed))
+        };
+        let (found, sent, failed) = connection.transaction(SWEEP_TIMEOUT, work).await?;
+        if found > 0 {
+            metrics::counter!("orderstream_outbox_swept_total").increment(sent as u64);
+            tracing::info!(found, sent, "swept the outbox");
+        }
+        match failed {
+            Some(error) if sent == 0 => Err(anyhow::Error::from(error).context("Kafka took nothing")),
+            _ => Ok(sent),
+        }
+    }
+
+    async fn resend(&self, row: &Row) -> (Message, Result<(), KafkaError>) {
+        let message = Message {
+            order_id: row.get(0),
+            version: row.get(1),
+            seq: row.get(2),
+            topic: row.get(3),
+            key: row.get(4),
+            headers: Headers::from_json(row.get(5)).unwrap_or_default(),
+            body: row.get(6),
+        };
+        let queued = self.producer.send(&message.topic, None, &message.key, &message.headers, &message.body);
+        let result = match queued {
+            Ok(delivery) => self.producer.delivered(delivery).await,
+            Err(error) => Err(error),
+        };
+        (message, result)
+    }
+
+    /// Tells how many rows there are and how old the oldest is.
+    ///
+    /// # Errors
+    /// When PostgreSQL is away.
+    pub async fn measure(&self) -> Result<(), DbError> {
+        const SQL: &str = "
+            select count(*), coalesce(extract(epoch from clock_timestamp() - min(created_at)), 0)::float8 from outbox";
+        let connection = self.db.pool.get().await?;
+        let work = async {
+            let statement = connection.prepared(SQL).await?;
+            Ok(connection.client().query_one(&statement, &[]).await?)
+        };
+        let row = connection.within(self.db.settings.query_timeout, work).await?;
+        metrics::gauge!("orderstream_outbox_rows").set(row.get::<_, i64>(0) as f64);
+        metrics::gauge!("orderstream_outbox_oldest_seconds").set(row.get::<_, f64>(1).max(0.0));
+        Ok(())
+    }
+}
+
+/// Deletes delivered rows, as many at once as there are. Ends with the last sender.
+async fn delete_delivered(db: Db, mut queue: mpsc::Receiver<Vec<RowId>>) {
+    let mut backoff = Backoff::RECONNECT;
+    while let Some(mut rows) = queue.recv().await {
+        while rows.len() < DELETE_LIMIT
+            && let Ok(more) = queue.try_recv()
+        {
+            rows.extend(more);
+        }
+        // The broker has these messages. Until the rows are gone the sweeper would repeat them,
+        // so this tries again for as long as it takes.
+        let since = SystemTime::now();
+        while let Err(error) = delete_rows(&db, &rows).await {
+            if queue.is_closed() {
+                return;
+            }
+            tracing::warn!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                rows = rows.len(),
+                ?since,
+                "deleting sent messages"
+            );
+            tokio::time::sleep(backoff.delay()).await;
+        }
+        backoff.reset();
+    }
+}
+
+async fn delete_rows(db: &Db, rows: &[RowId]) -> Result<(), DbError> {
+    // Nothing is lost when this commit is: the messages would only be sent again. So it does not
+    // wait for the disk.
+    const SQL: &str = "
+        with lazily as materialized (select set_config('synchronous_commit', 'off', true))
+        delete from outbox o
+        using lazily, unnest($1::uuid[], $2::bigint[], $3::smallint[]) as i(order_id, version, seq)
+        where o.order_id = i.order_id and o.version = i.version and o.seq = i.seq";
+    let (ids, versions, seqs) = columns(rows);
+    let connection = db.pool.get().await?;
+    let work = async {
+        let statement = connection.prepared(SQL).await?;
+        Ok(connection.client().execute(&statement, &[&ids, &versions, &seqs]).await?)
+    };
+    connection.within(db.settings.write_timeout, work).await.map(drop)
+}
+
+/// Moves a row that the broker refuses for good out of the way, to where operators look.
+async fn park(db: &Db, message: &Message, reason: &str) -> Result<(), DbError> {
+    let connection = db.pool.get().await?;
+    let work = async {
+        insert_parked(&connection, message, reason).await?;
+        delete_in(&connection, &[(message.order_id, message.version, message.seq)]).await
+    };
+    connection.transaction(db.settings.write_timeout, work).await
+}
+
+async fn insert_parked(connection: &Connection, message: &Message, reason: &str) -> Result<(), DbError> {
+    const SQL: &str = "
+        insert into parked_messages (order_id, topic, key, headers, body, state, attempts, reason)
+        values ($1, $2, $3, $4::text::json, $5, 'dead', 1, $6)";
+    tracing::error!(order.id = %message.order_id, topic = message.topic, reason, "Kafka refuses a message for good; parked");
+    let (key, body) = (message.key.as_bytes(), message.body.as_bytes());
+    let statement = connection.prepared(SQL).await?;
+    connection
+        .client()
+        .execute(&statement, &[&message.order_id, &message.topic, &key, &message.headers.to_json(), &body, &reason])
+        .await?;
+    Ok(())
+}
+
+async fn delete_in(connection: &Connection, rows: &[RowId]) -> Result<(), DbError> {
+    const SQL: &str = "
+        delete from outbox o
+        using unnest($1::uuid[], $2::bigint[], $3::smallint[]) as i(order_id, version, seq)
+        where o.order_id = i.order_id and o.version = i.version and o.seq = i.seq";
+    let (ids, versions, seqs) = columns(rows);
+    let statement = connection.prepared(SQL).await?;
+    connection.client().execute(&statement, &[&ids, &versions, &seqs]).await?;
+    Ok(())
+}
+
+fn columns(rows: &[RowId]) -> (Vec<Uuid>, Vec<i64>, Vec<i16>) {
+    let mut columns = (Vec::with_capacity(rows.len()), Vec::with_capacity(rows.len()), Vec::with_capacity(rows.len()));
+    for (id, version, seq) in rows {
+        columns.0.push(*id);
+        columns.1.push(*version);
+        columns.2.push(*seq);
+    }
+    columns
+}

@@ -1,0 +1,114 @@
+//! Serves HTTP on a listener until it is told to stop, and then answers what has begun.
+
+use std::{io::ErrorKind, time::Duration};
+
+use axum::{
+    Router,
+    http::{HeaderValue, header},
+    response::Response,
+};
+use hyper::{body::Incoming, server::conn::http1};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::{Instant, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+/// A client that does not finish its headers in this time is let go.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// When the process has no file descriptors left, accepting fails at once, again and again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// When a server stops: first it asks its clients to leave, then it stops listening, then it
+/// stops waiting.
+#[derive(Clone, Debug)]
+pub struct Stop {
+    /// From here on each answer carries `Connection: close`.
+    pub leaving: CancellationToken,
+    /// How long new requests are still taken after that.
+    pub grace: Duration,
+    /// How long after `leaving` the last answer may be given.
+    pub timeout: Duration,
+}
+
+/// Serves `app` until `stop`; returns when every request that had begun is answered, or the time
+/// is up.
+pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    let connections = GracefulShutdown::new();
+    let leaving = stop.leaving.clone();
+    let serve_one = |stream: TcpStream| {
+        // An answer is one small packet; it must not wait for the next.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "nodelay");
+        }
+        let (app, server, leaving) = (app.clone(), server.clone(), leaving.clone());
+        let watcher = connections.watcher();
+        tokio::spawn(async move {
+            let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+                let (app, leaving) = (app.clone(), leaving.clone());
+                async move {
+                    let response = app.oneshot(request.map(axum::body::Body::new)).await;
+                    response.map(|response| if leaving.is_cancelled() { closing(response) } else { response })
+                }
+            });
+            let connection = server.serve_connection(TokioIo::new(stream), service);
+            if let Err(error) = watcher.watch(connection).await {
+                tracing::debug!(%error, "connection");
+            }
+        });
+    };
+
+    let deadline = async {
+        stop.leaving.cancelled().await;
+        tokio::time::sleep(stop.grace).await;
+    };
+    tokio::pin!(deadline);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut deadline => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => serve_one(stream),
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    tracing::warn!(%error, server = name, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+    // Connections that the kernel has already accepted for us would be reset with the listener.
+    while let Some(Ok((stream, _))) = futures_util::FutureExt::now_or_never(listener.accept()) {
+        serve_one(stream);
+    }
+    drop(listener);
+    let rest = stop.timeout.saturating_sub(stop.grace);
+    if timeout_at(Instant::now() + rest, connections.shutdown()).await.is_err() {
+        tracing::warn!(server = name, "not all connections ended in time");
+    }
+}
+
+fn closing(mut response: Response) -> Response {
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+/// Binds, and says on stdout where: with port 0 nobody could know otherwise.
+///
+/// # Errors
+/// When the address is taken; the message names it and the setting to change.
+pub async fn bind(setting: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+    use anyhow::Context as _;
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; set {setting} to another port, or to 0 for a free one")
+    })?;
+    println!("http: listening on {}", listener.local_addr()?);
+    Ok(listener)
+}
