@@ -1,0 +1,124 @@
+//! The settings of `api-service`.
+
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::{Args, Parser, Subcommand};
+use shared::{
+    lifecycle::{self, Lifecycle},
+    order,
+    settings::{DbSettings, KafkaSettings, Listen},
+};
+
+use crate::{orders::WaitLimits, request::Defaults};
+
+/// What an event holds besides the items and the payload: ids, names, numbers, headers.
+const EVENT_OVERHEAD: usize = 16 * 1024;
+
+/// Takes orders over HTTP, makes them durable and tells Kafka.
+#[derive(Debug, Parser)]
+#[command(name = "api-service", version, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub config: Config,
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum Command {
+    /// Bring the database's schema up to date, and end
+    Migrate,
+}
+
+const EXAMPLES: &str = "\
+Every setting is a flag and an environment variable; a .env file in the working directory serves too.
+
+Examples:
+  api-service --postgres-dsn 'postgres://shop:…@db/orders?sslmode=verify-full' --kafka-brokers k1:9092,k2:9092
+  API_PORT=0 ACK_WAIT_MS=2000 api-service
+  api-service migrate";
+
+#[derive(Args, Clone, Debug)]
+pub struct Config {
+    #[command(flatten)]
+    pub api: ApiSettings,
+    #[command(flatten)]
+    pub db: DbSettings,
+    #[command(flatten)]
+    pub kafka: KafkaSettings,
+}
+
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "HTTP")]
+pub struct ApiSettings {
+    /// Port, or address and port; 0 takes a free one and prints it
+    #[arg(long, env = "API_PORT", value_name = "API_PORT", default_value = "8080")]
+    pub api_port: Listen,
+    /// How long a caller waits for the worker unless it says otherwise; 0: not at all
+    #[arg(long, env = "ACK_WAIT_MS", value_name = "ACK_WAIT_MS", default_value = "5000")]
+    pub ack_wait_ms: u64,
+    /// How long a caller may wait at most
+    #[arg(long, env = "ACK_WAIT_MAX_MS", value_name = "ACK_WAIT_MAX_MS", default_value = "30000")]
+    pub ack_wait_max_ms: u64,
+    /// How many callers may wait at once; more are told 202 at once
+    #[arg(long, env = "MAX_WAITERS", value_name = "MAX_WAITERS", default_value = "10000")]
+    pub max_waiters: usize,
+    /// Largest body of a request
+    #[arg(long, env = "MAX_BODY_BYTES", value_name = "MAX_BODY_BYTES", default_value = "262144")]
+    pub max_body_bytes: usize,
+    /// Lifecycle of orders that name none
+    #[arg(long, env = "DEFAULT_LIFECYCLE", value_name = "DEFAULT_LIFECYCLE", default_value = "marketplace")]
+    pub default_lifecycle: String,
+    /// Currency of orders that name none (ISO 4217)
+    #[arg(long, env = "DEFAULT_CURRENCY", value_name = "DEFAULT_CURRENCY", default_value = "USD")]
+    pub default_currency: String,
+}
+
+impl Config {
+    /// What no single setting shows.
+    ///
+    /// # Errors
+    /// Naming the setting that is to be changed.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.lifecycle()?;
+        if let Err(reason) = order::currency(&self.api.default_currency) {
+            bail!("DEFAULT_CURRENCY=\"{}\" {reason}", self.api.default_currency);
+        }
+        // An order's items and its payload may each have come in a body of their own.
+        let event = self.api.max_body_bytes.saturating_mul(2).saturating_add(EVENT_OVERHEAD);
+        let limit = self.max_message_bytes();
+        if event > limit {
+            bail!(
+                "MAX_BODY_BYTES={} is too much: events of {event} bytes would not fit a Kafka message of {limit} \
+                 (message.max.bytes, which KAFKA_CONFIG can raise; so must the topic's max.message.bytes)",
+                self.api.max_body_bytes
+            );
+        }
+        Ok(())
+    }
+
+    fn max_message_bytes(&self) -> usize {
+        const LIBRDKAFKA_DEFAULT: usize = 1_000_000;
+        let own = self.kafka.kafka_config.0.iter().rev().find(|(key, _)| key == "message.max.bytes");
+        own.and_then(|(_, value)| value.parse().ok()).unwrap_or(LIBRDKAFKA_DEFAULT)
+    }
+
+    fn lifecycle(&self) -> anyhow::Result<&'static Lifecycle> {
+        match lifecycle::find(&self.api.default_lifecycle) {
+            Some(lifecycle) => Ok(lifecycle),
+            None => bail!("DEFAULT_LIFECYCLE=\"{}\" is not one of {}", self.api.default_lifecycle, lifecycle::names()),
+        }
+    }
+
+    pub(crate) fn defaults(&self) -> anyhow::Result<Defaults> {
+        Ok(Defaults { lifecycle: self.lifecycle()?, currency: self.api.default_currency.clone() })
+    }
+
+    pub(crate) fn wait_limits(&self) -> WaitLimits {
+        WaitLimits {
+            default: Duration::from_millis(self.api.ack_wait_ms),
+            max: Duration::from_millis(self.api.ack_wait_max_ms),
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Everything a request can fail with, and the one place where that becomes HTTP: problem details
+//! (RFC 9457).
+
+use axum::{
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Map, Value, json};
+use shared::{
+    db::{DbError, Fault},
+    order::Violation,
+};
+use uuid::Uuid;
+
+use crate::request::BadRequest;
+
+/// Seconds after which a client may try again what could not be done now.
+pub(crate) const RETRY_AFTER: u64 = 1;
+
+#[derive(Clone, Debug)]
+pub(crate) enum Problem {
+    Malformed(String),
+    Invalid(Vec<Violation>),
+    UnknownOrder,
+    UnknownRequest,
+    UnknownRoute,
+    MethodNotAllowed,
+    ContentType,
+    TooLarge {
+        limit: usize,
+    },
+    TooSlow,
+    Deleted {
+        order_id: Uuid,
+    },
+    ContentFixed {
+        order_id: Uuid,
+        status: String,
+    },
+    ExternalIdTaken {
+        order_id: Uuid,
+    },
+    Rejected {
+        order_id: Uuid,
+        correlation_id: Uuid,
+        reason: String,
+        order_status: String,
+        order_version: i64,
+    },
+    /// Nothing is wrong with the request; says what is in the way.
+    Unavailable(&'static str),
+    /// A fault of ours.
+    Internal,
+}
+
+impl From<DbError> for Problem {
+    fn from(error: DbError) -> Self {
+        let problem = match (&error, error.fault()) {
+            (DbError::Refused(_), Fault::Data) => {
+                Self::Invalid(vec![Violation::new("", "PostgreSQL refuses to store this")])
+            }
+            (DbError::Refused(_), _) => Self::Unavailable("the database refuses to work"),
+            (DbError::Away(_), _) => Self::Unavailable("the database is away; nothing was stored"),
+            (DbError::Lost(_), _) => Self::Unavailable(
+                "the database fell silent; whether the order was stored is not known, and repeating is safe with external_id",
+            ),
+        };
+        tracing::warn!(error = format!("{:#}", anyhow::Error::from(error)), "database");
+        problem
+    }
+}
+
+impl From<BadRequest> for Problem {
+    fn from(error: BadRequest) -> Self {
+        match error {
+            BadRequest::Malformed(detail) => Self::Malformed(detail),
+            BadRequest::Invalid(violations) => Self::Invalid(violations),
+        }
+    }
+}
+
+impl Problem {
+    /// Status, last part of the type, title.
+    fn kind(&self) -> (StatusCode, &'static str, &'static str) {
+        match self {
+            Self::Malformed(_) => (StatusCode::BAD_REQUEST, "malformed", "The request cannot be read"),
+            Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation", "The request breaks rules"),
+            Self::UnknownOrder => (StatusCode::NOT_FOUND, "not-found", "There is no such order"),
+            Self::UnknownRequest => (StatusCode::NOT_FOUND, "not-found", "There is no such request"),
+            Self::UnknownRoute => (StatusCode::NOT_FOUND, "not-found", "There is nothing here"),
+            Self::MethodNotAllowed => {
+                (StatusCode::METHOD_NOT_ALLOWED, "malformed", "This method is not for this resource")
+            }
+            Self::ContentType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "malformed", "The body is not JSON"),
+            Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too-large", "The body is too large"),
+            Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "malformed", "The body did not arrive in time"),
+            Self::Deleted { .. } => (StatusCode::CONFLICT, "deleted", "The order is deleted"),
+            Self::ContentFixed { .. } => (StatusCode::CONFLICT, "conflict", "The order takes no change now"),
+            Self::ExternalIdTaken { .. } => {
+                (StatusCode::CONFLICT, "conflict", "This external id belongs to an order with other content")
+            }
+            Self::Rejected { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "rejected", "The worker refused the order"),
+            Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Not now; try again"),
+            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "unavailable", "A fault of ours"),
+        }
+    }
+
+    fn detail(&self) -> Option<String> {
+        Some(match self {
+            Self::Malformed(detail) => detail.clone(),
+            Self::Invalid(violations) => shared::order::sentence(violations),
+            Self::ContentType => "send Content-Type: application/json".to_owned(),
+            Self::TooLarge { limit } => format!("at most {limit} bytes are taken (MAX_BODY_BYTES)"),
+            Self::ContentFixed { status, .. } => format!("orders that are {status} take no change of content"),
+            Self::Rejected { reason, .. } => reason.clone(),
+            Self::Unavailable(detail) => (*detail).to_owned(),
+            Self::Internal => "it is in our log".to_owned(),
+            Self::UnknownOrder
+            | Self::UnknownRequest
+            | Self::UnknownRoute
+            | Self::MethodNotAllowed
+            | Self::TooSlow
+            | Self::Deleted { .. }
+            | Self::ExternalIdTaken { .. } => return None,
+        })
+    }
+
+    fn members(&self) -> Map<String, Value> {
+        let members = match self {
+            // A list of a thousand broken items helps nobody.
+            Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(100)] }),
+            Self::Deleted { order_id } | Self::ExternalIdTaken { order_id } => json!({ "order_id": order_id }),
+            Self::ContentFixed { order_id, status } => json!({ "order_id": order_id, "order_status": status }),
+            Self::Rejected { order_id, correlation_id, order_status, order_version, .. } => json!({
+                "order_id": order_id, "correlation_id": correlation_id,
+                "order_status": order_status, "order_version": order_version,
+            }),
+            _ => json!({}),
+        };
+        if let Value::Object(members) = members { members } else { Map::new() }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let (status, kind, title) = self.kind();
+        metrics::counter!("orderstream_requests_refused_total", "reason" => kind).increment(1);
+        let mut body = self.members();
+        body.insert("type".into(), format!("urn:orderstream:problem:{kind}").into());
+        body.insert("title".into(), title.into());
+        body.insert("status".into(), status.as_u16().into());
+        if let Some(detail) = self.detail() {
+            body.insert("detail".into(), detail.into());
+        }
+        let mut response = (status, Value::Object(body).to_string()).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());
+        }
+        response
+    }
+}

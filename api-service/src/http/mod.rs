@@ -1,0 +1,73 @@
+//! The HTTP API: routes, limits, and what is the same for every request.
+
+mod operations;
+mod orders;
+mod prefer;
+mod reads;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    http::{HeaderMap, HeaderName},
+    response::{IntoResponse as _, Response},
+    routing::{get, post},
+};
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::{
+    error::Problem,
+    orders::{Orders, WaitLimits},
+    request::Defaults,
+};
+
+const USER_ID: HeaderName = HeaderName::from_static("x-user-id");
+/// A body that has not arrived by then is not waited for.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What the handlers need.
+#[derive(Clone)]
+pub(crate) struct App {
+    pub orders: Orders,
+    pub defaults: Arc<Defaults>,
+    pub limits: WaitLimits,
+    pub max_body_bytes: usize,
+    pub metrics: PrometheusHandle,
+    /// Ready, unless something is away.
+    pub started: CancellationToken,
+    /// Not ready any more.
+    pub leaving: CancellationToken,
+}
+
+pub(crate) fn router(app: App) -> Router {
+    Router::new()
+        .route("/orders", post(orders::submit))
+        .route("/orders/by-external/{external_id}", get(reads::by_external))
+        .route("/orders/{order_id}", get(reads::order))
+        .route("/orders/{order_id}/history", get(reads::history))
+        .route("/orders/{order_id}/requests/{correlation_id}", get(reads::request))
+        .route("/health", get(operations::health))
+        .route("/ready", get(operations::ready))
+        .route("/metrics", get(operations::metrics))
+        .fallback(|| async { Problem::UnknownRoute })
+        .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
+        .layer(CatchPanicLayer::custom(panicked))
+        .with_state(app)
+}
+
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    tracing::error!(message, "a handler panicked");
+    Problem::Internal.into_response()
+}
+
+/// The user that a caller acts for, if it says so.
+fn user(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
+    let Some(value) = headers.get(USER_ID) else { return Ok(None) };
+    match std::str::from_utf8(value.as_bytes()) {
+        Ok(user) => Ok(Some(user.trim())),
+        Err(_) => Err(Problem::Malformed("the header X-User-Id is not UTF-8".to_owned())),
+    }
+}

@@ -1,0 +1,35 @@
+//! For those who run the service: is it alive, may it get requests, what has it done.
+
+use axum::{
+    extract::State,
+    http::header,
+    response::{IntoResponse, Response},
+};
+use shared::db::writable;
+
+use super::App;
+use crate::error::Problem;
+
+pub(super) async fn health() -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], r#"{"status":"ok"}"#).into_response()
+}
+
+/// Can this process store an order? Kafka may be away: the outbox waits for it.
+pub(super) async fn ready(State(app): State<App>) -> Result<Response, Problem> {
+    if app.leaving.is_cancelled() {
+        return Err(Problem::Unavailable("shutting down"));
+    }
+    let db = &app.orders.db;
+    match writable(&db.pool, db.settings.query_timeout).await {
+        Ok(true) if app.started.is_cancelled() => {
+            Ok(([(header::CONTENT_TYPE, "application/json")], r#"{"status":"ready"}"#).into_response())
+        }
+        Ok(true) => Err(Problem::Unavailable("starting")),
+        Ok(false) => Err(Problem::Unavailable("the database is read-only")),
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(super) async fn metrics(State(app): State<App>) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render()).into_response()
+}

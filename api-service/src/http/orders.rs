@@ -1,0 +1,136 @@
+//! `POST /orders`: one door for create, update and delete. Parses, renders, decides nothing.
+
+use axum::{
+    body::{Body, Bytes},
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use futures_util::StreamExt as _;
+use serde::Serialize;
+use shared::{
+    message::{Headers, TRACE_HEADERS},
+    money::Money,
+};
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+
+use super::{
+    App, BODY_TIMEOUT,
+    prefer::{PREFERENCE_APPLIED, preference},
+    user,
+};
+use crate::{
+    error::{Problem, RETRY_AFTER},
+    orders::{Done, Operation, Progress},
+    request,
+};
+
+/// Of a body that is too large, so much is read and thrown away before the answer: a client that
+/// is still sending would otherwise see its connection reset instead.
+const DRAIN_LIMIT: usize = 32 * 1024 * 1024;
+/// A trace header longer than this is not one (W3C Trace Context: 55 and 512 characters).
+const MAX_TRACE_HEADER: usize = 1024;
+
+pub(super) async fn submit(State(app): State<App>, request: Request) -> Result<Response, Problem> {
+    let arrived = Instant::now();
+    let (parts, body) = request.into_parts();
+    check_content_type(&parts.headers)?;
+    let body = read_body(body, app.max_body_bytes).await?;
+    let upsert = request::parse(&body, user(&parts.headers)?, &app.defaults)?;
+    let preference = preference(&parts.headers, app.limits);
+    let deadline = preference.wait.map(|wait| arrived + wait);
+    let done = app.orders.submit(upsert, deadline, trace(&parts.headers)).await?;
+    let mut response = render(&done);
+    if let Some(applied) = preference.applied {
+        response.headers_mut().insert(PREFERENCE_APPLIED, applied);
+    }
+    Ok(response)
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
+    let essence = value.to_str().ok().and_then(|value| value.split(';').next()).map(|e| e.trim().to_ascii_lowercase());
+    match essence.as_deref() {
+        Some("application/json") => Ok(()),
+        Some(other) if other.starts_with("application/") && other.ends_with("+json") => Ok(()),
+        _ => Err(Problem::ContentType),
+    }
+}
+
+async fn read_body(body: Body, limit: usize) -> Result<Bytes, Problem> {
+    let read = async {
+        let mut stream = body.into_data_stream();
+        let mut whole: Vec<u8> = Vec::new();
+        let mut size = 0_usize;
+        while let Some(chunk) = stream.next().await {
+            let chunk = chunk.map_err(|error| Problem::Malformed(format!("the body broke off: {error}")))?;
+            size += chunk.len();
+            if size > DRAIN_LIMIT {
+                break;
+            }
+            if size <= limit {
+                whole.extend_from_slice(&chunk);
+            } else {
+                whole = Vec::new();
+            }
+        }
+        if size > limit { Err(Problem::TooLarge { limit }) } else { Ok(Bytes::from(whole)) }
+    };
+    timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::TooSlow))
+}
+
+fn trace(headers: &HeaderMap) -> Headers {
+    let mut trace = Headers::default();
+    for name in TRACE_HEADERS {
+        if let Some(value) = headers.get(name).filter(|value| value.len() <= MAX_TRACE_HEADER) {
+            trace.push(name, value.as_bytes());
+        }
+    }
+    trace
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    order_id: Uuid,
+    status: &'a str,
+    version: i64,
+    order_status: &'a str,
+    order_version: i64,
+    amount: Option<Money>,
+    currency: Option<&'a str>,
+    correlation_id: Uuid,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    superseded_by: Option<i64>,
+}
+
+fn render(done: &Done) -> Response {
+    let status = match (done.progress, done.operation) {
+        (Progress::Pending, _) => StatusCode::ACCEPTED,
+        (Progress::Stored | Progress::Answered, Operation::Created) => StatusCode::CREATED,
+        _ => StatusCode::OK,
+    };
+    let answer = Answer {
+        order_id: done.order_id,
+        status: done.operation.name(),
+        version: done.version,
+        order_status: &done.state.status,
+        order_version: done.state.version,
+        amount: done.state.amount,
+        currency: done.state.currency.as_deref(),
+        correlation_id: done.correlation_id,
+        superseded_by: done.superseded_by,
+    };
+    let mut response = (status, super::reads::json(&answer)).into_response();
+    let headers = response.headers_mut();
+    if matches!(status, StatusCode::CREATED | StatusCode::ACCEPTED)
+        && let Ok(location) = HeaderValue::try_from(format!("/orders/{}", done.order_id))
+    {
+        headers.insert(header::LOCATION, location);
+    }
+    if status == StatusCode::ACCEPTED {
+        headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());
+    }
+    headers.insert(header::ETAG, super::reads::etag(done.state.version));
+    response
+}

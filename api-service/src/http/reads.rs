@@ -1,0 +1,144 @@
+//! Reading orders, their history, and what became of a request.
+
+use axum::{
+    extract::{Path, Query, State, rejection::PathRejection, rejection::QueryRejection},
+    http::{HeaderMap, HeaderValue, header},
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use shared::{message::AckStatus, order::Violation};
+use uuid::Uuid;
+
+use super::{App, user};
+use crate::{
+    error::Problem,
+    store::read::{self, Order},
+};
+
+pub(super) async fn order(
+    State(app): State<App>,
+    headers: HeaderMap,
+    path: Result<Path<String>, PathRejection>,
+) -> Result<Response, Problem> {
+    Ok(render(&visible_order(&app, &headers, path).await?))
+}
+
+#[derive(Deserialize)]
+pub(super) struct ByExternal {
+    user_id: Option<String>,
+}
+
+pub(super) async fn by_external(
+    State(app): State<App>,
+    headers: HeaderMap,
+    path: Result<Path<String>, PathRejection>,
+    query: Result<Query<ByExternal>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let external_id = text(path)?;
+    let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
+    let caller = user(&headers)?;
+    let asked = query.user_id.as_deref().or(caller);
+    let Some(user_id) = asked.filter(|user_id| !user_id.is_empty()) else {
+        return Err(Problem::Invalid(vec![Violation::new(
+            "/user_id",
+            "is missing: whose order is it? Give ?user_id=",
+        )]));
+    };
+    if external_id.contains('\0') || user_id.contains('\0') || caller.is_some_and(|caller| caller != user_id) {
+        return Err(Problem::UnknownOrder);
+    }
+    let found = read::order_by_external(&app.orders.db, user_id, &external_id).await?;
+    Ok(render(&found.ok_or(Problem::UnknownOrder)?))
+}
+
+pub(super) async fn history(
+    State(app): State<App>,
+    headers: HeaderMap,
+    path: Result<Path<String>, PathRejection>,
+) -> Result<Response, Problem> {
+    let order = visible_order(&app, &headers, path).await?;
+    Ok(json(&read::history(&app.orders.db, order.order_id).await?).into_response())
+}
+
+#[derive(Serialize)]
+struct Request {
+    correlation_id: Uuid,
+    order_id: Uuid,
+    state: &'static str,
+    version: i64,
+    order_status: String,
+    order_version: i64,
+    error: Option<String>,
+    superseded_by: Option<i64>,
+}
+
+pub(super) async fn request(
+    State(app): State<App>,
+    headers: HeaderMap,
+    path: Result<Path<(String, String)>, PathRejection>,
+) -> Result<Response, Problem> {
+    let Path((order_id, correlation_id)) = path.map_err(|error| Problem::Malformed(error.body_text()))?;
+    let correlation_id = uuid(&correlation_id, "the correlation id")?;
+    let order = visible_order(&app, &headers, Ok(Path(order_id))).await?;
+    let found = read::request(&app.orders.db, order.order_id, correlation_id).await?;
+    let found = found.ok_or(Problem::UnknownRequest)?;
+    let pending = Request {
+        correlation_id,
+        order_id: order.order_id,
+        state: if found.ignored { "done" } else { "pending" },
+        version: found.version,
+        order_status: found.status,
+        order_version: found.version,
+        error: None,
+        superseded_by: None,
+    };
+    let request = match found.answer {
+        None => pending,
+        Some(answer) => Request {
+            state: if answer.status == AckStatus::Rejected { "refused" } else { "done" },
+            order_status: answer.order_status,
+            order_version: answer.order_version,
+            error: answer.error,
+            superseded_by: answer.superseded_by,
+            ..pending
+        },
+    };
+    Ok(json(&request).into_response())
+}
+
+/// The order, if there is one and the caller may see it.
+async fn visible_order(
+    app: &App,
+    headers: &HeaderMap,
+    path: Result<Path<String>, PathRejection>,
+) -> Result<Order, Problem> {
+    let order_id = uuid(&text(path)?, "the order id")?;
+    let caller = user(headers)?;
+    let order = app.orders.order(order_id).await?.ok_or(Problem::UnknownOrder)?;
+    if caller.is_some_and(|caller| caller != order.user_id) {
+        return Err(Problem::UnknownOrder);
+    }
+    Ok(order)
+}
+
+fn text(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
+    path.map(|Path(text)| text).map_err(|error| Problem::Malformed(error.body_text()))
+}
+
+fn uuid(text: &str, what: &str) -> Result<Uuid, Problem> {
+    Uuid::try_parse(text).map_err(|_| Problem::Malformed(format!("{what} is not a UUID")))
+}
+
+fn render(order: &Order) -> Response {
+    ([(header::ETAG, etag(order.version))], json(order)).into_response()
+}
+
+/// A strong entity tag (RFC 9110, section 8.8.3).
+pub(super) fn etag(version: i64) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{version}\"")).unwrap_or(HeaderValue::from_static("\"\""))
+}
+
+pub(super) fn json<T: Serialize>(value: &T) -> impl IntoResponse + use<T> {
+    // Our own types always serialize.
+    ([(header::CONTENT_TYPE, "application/json")], serde_json::to_string(value).unwrap_or_default())
+}

@@ -1,0 +1,202 @@
+//! `api-service`: orders in over HTTP, durable in PostgreSQL, told to Kafka, answered when the
+//! worker has.
+//!
+//! One order's path: [`http`] parses → [`orders`] decides whether to wait → [`writer`] stores it
+//! in a batch → `shared::outbox` publishes → … the worker … → [`acks`] hears the answer →
+//! [`waiters`] wakes the caller.
+
+mod acks;
+mod change;
+pub mod config;
+mod error;
+mod http;
+mod json;
+mod orders;
+mod request;
+mod store;
+mod waiters;
+mod writer;
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::bail;
+use metrics_exporter_prometheus::PrometheusHandle;
+use shared::{
+    db::{self, Db, DbError},
+    kafka::Producer,
+    outbox::Outbox,
+    server,
+};
+use tokio::{net::TcpListener, task::JoinSet, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::{acks::ReplyAddress, config::Config, http::App, orders::Orders, waiters::Waiters, writer::Writer};
+
+/// How long the start waits for Kafka before it serves without it.
+const KAFKA_PATIENCE: Duration = Duration::from_secs(10);
+/// Kept for sending answers, events and acks after the last caller is told that time is up.
+const LAST_ACTS: Duration = Duration::from_secs(2);
+const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Serves on `listener` until `shutdown`, then finishes what has begun.
+///
+/// # Errors
+/// When the settings contradict each other, the database has a schema that is not ours, or a part
+/// of the process died.
+pub async fn run(
+    config: Config,
+    listener: TcpListener,
+    metrics: PrometheusHandle,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    config.check()?;
+    let db = open(&config)?;
+    let producer = Producer::new(&config.kafka)?;
+    let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
+    let waiters = Waiters::new(config.api.max_waiters);
+    let replies = ReplyAddress::new(&config.kafka.orders_ack_topic);
+    let [started, migrated, leaving, hurry, stop] = std::array::from_fn(|_| CancellationToken::new());
+
+    // Those that must not end before the process does, and those that end with their last handle.
+    let (mut vital, mut writers) = (JoinSet::new(), JoinSet::new());
+    let writer = Writer::start(&db, &outbox, &config.kafka.orders_events_topic, &mut writers);
+    vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
+    vital.spawn(serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone()));
+    vital.spawn(look_after_outbox(outbox.clone(), migrated.clone(), stop.clone()));
+    vital.spawn(wait_for_start(replies.clone(), migrated.clone(), started.clone(), stop.clone()));
+    let deleter = tokio::spawn(deleter);
+
+    let orders = Orders {
+        db,
+        writer,
+        waiters,
+        replies,
+        producer: producer.clone(),
+        topic: config.kafka.orders_events_topic.clone(),
+        hurry: hurry.clone(),
+    };
+    let app = App {
+        orders,
+        defaults: Arc::new(config.defaults()?),
+        limits: config.wait_limits(),
+        max_body_bytes: config.api.max_body_bytes,
+        metrics,
+        started,
+        leaving: leaving.clone(),
+    };
+    let service = &config.kafka.service;
+    let timeout = Duration::from_millis(service.shutdown_timeout_ms);
+    let grace = Duration::from_millis(service.shutdown_grace_ms).min(timeout);
+    let patience = timeout.saturating_sub(LAST_ACTS).max(grace);
+    let serving = server::serve(
+        "http",
+        listener,
+        http::router(app),
+        server::Stop { leaving: leaving.clone(), grace, timeout: timeout.saturating_sub(LAST_ACTS / 2) },
+    );
+    let serving = tokio::spawn(serving);
+
+    let failed = tokio::select! {
+        () = shutdown => None,
+        ended = vital.join_next() => Some(ended),
+        ended = writers.join_next() => Some(ended.map(|result| result.map(Ok))),
+    };
+    let deadline = Instant::now() + timeout;
+    leaving.cancel();
+    let last_call = tokio::spawn({
+        let hurry = hurry.clone();
+        async move {
+            tokio::time::sleep(patience).await;
+            hurry.cancel();
+        }
+    });
+    // Callers that wait still need the outbox and the acks: those end after the last of them.
+    serving.await?;
+    last_call.abort();
+    while writers.join_next().await.is_some() {}
+    outbox.drain(deadline).await;
+    stop.cancel();
+    drop(outbox);
+    let _ = tokio::time::timeout_at(deadline, async {
+        while vital.join_next().await.is_some() {}
+        deleter.await
+    })
+    .await;
+    match failed {
+        None => Ok(()),
+        Some(Some(Ok(Err(error)))) => Err(error),
+        Some(Some(Err(panic))) => Err(panic.into()),
+        Some(Some(Ok(Ok(()))) | None) => bail!("a part of the process ended by itself"),
+    }
+}
+
+/// The database as the settings describe it.
+///
+/// # Errors
+/// When the DSN makes no sense.
+pub fn open(config: &Config) -> anyhow::Result<Db> {
+    let settings = Arc::new(config.db.pool());
+    Ok(Db { pool: db::pool(&config.db.postgres_dsn, "api-service", &settings)?, settings })
+}
+
+async fn keep_migrated(db: Db, migrated: CancellationToken, stop: CancellationToken) -> anyhow::Result<()> {
+    if let Some(result) = stop.run_until_cancelled(db::migrate_when_possible(&db.pool)).await {
+        result?;
+        migrated.cancel();
+        stop.cancelled().await;
+    }
+    Ok(())
+}
+
+async fn serve_kafka(
+    config: Config,
+    producer: Producer,
+    replies: ReplyAddress,
+    waiters: Waiters,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    stop.run_until_cancelled(acks::listen(config.kafka, producer, replies, waiters)).await;
+    Ok(())
+}
+
+/// Sweeps and measures the outbox once there is one.
+async fn look_after_outbox(outbox: Outbox, migrated: CancellationToken, stop: CancellationToken) -> anyhow::Result<()> {
+    let measure = async {
+        loop {
+            if let Err(error) = outbox.measure().await {
+                log_db("measuring the outbox", error);
+            }
+            tokio::time::sleep(MEASURE_INTERVAL).await;
+        }
+    };
+    let look_after = async {
+        migrated.cancelled().await;
+        tokio::join!(outbox.sweep(stop.clone()), stop.run_until_cancelled(measure))
+    };
+    stop.run_until_cancelled(look_after).await;
+    Ok(())
+}
+
+fn log_db(doing: &'static str, error: DbError) {
+    tracing::debug!(error = format!("{:#}", anyhow::Error::from(error)), "{doing}");
+}
+
+/// Ready when the tables are there and answers can be heard; without Kafka, after a while.
+async fn wait_for_start(
+    replies: ReplyAddress,
+    migrated: CancellationToken,
+    started: CancellationToken,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let kafka = tokio::time::timeout(KAFKA_PATIENCE, replies.known());
+    let both = async { tokio::join!(migrated.cancelled(), kafka).1 };
+    if let Some(kafka) = stop.run_until_cancelled(both).await {
+        if kafka.is_err() {
+            tracing::warn!("Kafka is away; serving without it: callers are told 202 instead of waiting");
+        }
+        tracing::info!("ready");
+        started.cancel();
+        stop.cancelled().await;
+    }
+    Ok(())
+}

@@ -1,0 +1,47 @@
+//! Reads the settings and runs.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use api_service::config::{Cli, Command, Config};
+use shared::{
+    db,
+    settings::{self, Listen},
+    shutdown, telemetry,
+};
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli: Cli = settings::parse();
+    let result = match cli.command {
+        Some(Command::Migrate) => migrate(cli.config).await,
+        None => serve(cli.config).await,
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    config.check()?;
+    telemetry::log(&config.kafka.service)?;
+    let metrics = telemetry::metrics()?;
+    let shutdown = shutdown::requested().context("listening for signals")?;
+    let Listen::At(address) = config.api.api_port else {
+        anyhow::bail!("API_PORT=off leaves nothing to do");
+    };
+    let listener = shared::server::bind("API_PORT", address).await?;
+    api_service::run(config, listener, metrics, shutdown).await
+}
+
+async fn migrate(config: Config) -> anyhow::Result<()> {
+    telemetry::log(&config.kafka.service)?;
+    let database = api_service::open(&config)?;
+    db::migrate(&database.pool).await?;
+    println!("the schema is up to date");
+    Ok(())
+}

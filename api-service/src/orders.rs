@@ -1,0 +1,228 @@
+//! The use cases: change an order and, if the caller wants to, wait for the worker's answer.
+
+use std::time::Duration;
+
+use shared::{
+    db::{Db, DbError},
+    kafka::Producer,
+    message::{AckStatus, Answer, Headers, now},
+};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    acks::ReplyAddress,
+    change::{self, State},
+    error::Problem,
+    request::Upsert,
+    store::read,
+    waiters::{Waiter, Waiters},
+    writer::{Origin, Work, Writer, Written},
+};
+
+/// What the use cases need.
+#[derive(Clone)]
+pub(crate) struct Orders {
+    pub db: Db,
+    pub writer: Writer,
+    pub waiters: Waiters,
+    pub replies: ReplyAddress,
+    pub producer: Producer,
+    pub topic: String,
+    /// Nobody waits any longer: the process is about to end.
+    pub hurry: CancellationToken,
+}
+
+/// What a request asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    Created,
+    Updated,
+    Deleted,
+}
+
+impl Operation {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Updated => "updated",
+            Self::Deleted => "deleted",
+        }
+    }
+}
+
+/// A request that was carried out.
+#[derive(Debug)]
+pub(crate) struct Done {
+    pub operation: Operation,
+    pub order_id: Uuid,
+    pub correlation_id: Uuid,
+    /// The version that this request made, or found if it changed nothing.
+    pub version: i64,
+    /// The order as it is now, as far as we know.
+    pub state: State,
+    pub superseded_by: Option<i64>,
+    pub progress: Progress,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Stored, and by its own wish nobody waited.
+    Stored,
+    /// The worker has answered.
+    Answered,
+    /// Waited for the worker in vain, so far.
+    Pending,
+    /// An earlier request did the same.
+    Repeated,
+}
+
+impl Orders {
+    /// Makes the change durable. With a deadline, also waits for the worker's answer until then.
+    pub(crate) async fn submit(&self, upsert: Upsert, wait: Option<Instant>, trace: Headers) -> Result<Done, Problem> {
+        let correlation_id = Uuid::now_v7();
+        // Before the write: an answer that comes first would find nobody.
+        let waiter = wait.and_then(|_| self.park(correlation_id));
+        let reply_to = waiter.as_ref().and_then(|_| self.replies.for_request(correlation_id));
+        let origin = Origin { correlation_id, reply_to, trace };
+        let (operation, work) = match upsert {
+            Upsert::Create(order) => {
+                (Operation::Created, Work::Create(Box::new(change::new_row(order, &origin, now(), &self.topic))))
+            }
+            Upsert::Update(change) => (Operation::Updated, Work::Update(Box::new(change))),
+            Upsert::Delete(target) => (Operation::Deleted, Work::Delete(target)),
+        };
+        match self.writer.write(work, origin).await? {
+            Written::Now { order_id, state } => {
+                metrics::counter!("orderstream_orders_accepted_total", "op" => operation.name()).increment(1);
+                let done = Done {
+                    operation,
+                    order_id,
+                    correlation_id,
+                    version: state.version,
+                    state: *state,
+                    superseded_by: None,
+                    progress: Progress::Stored,
+                };
+                match wait {
+                    Some(deadline) => self.wait(done, waiter, deadline).await,
+                    None => Ok(done),
+                }
+            }
+            Written::Nothing { order_id, state } => Ok(Done {
+                operation,
+                order_id,
+                correlation_id,
+                version: state.version,
+                state: *state,
+                superseded_by: None,
+                progress: Progress::Answered,
+            }),
+            Written::Before { order_id, correlation_id } => self.repeat(order_id, correlation_id, wait).await,
+        }
+    }
+
+    /// A place to wait in; none where waiting would be in vain.
+    fn park(&self, correlation_id: Uuid) -> Option<Waiter> {
+        if self.producer.is_away() || !self.replies.is_known() || self.hurry.is_cancelled() {
+            return None;
+        }
+        self.waiters.register(correlation_id)
+    }
+
+    async fn wait(&self, done: Done, waiter: Option<Waiter>, deadline: Instant) -> Result<Done, Problem> {
+        let began = Instant::now();
+        let answer = match waiter {
+            Some(mut waiter) => tokio::select! {
+                biased;
+                answer = waiter.answered() => Some(answer),
+                () = tokio::time::sleep_until(deadline) => None,
+                () = self.hurry.cancelled() => None,
+            },
+            None => None,
+        };
+        let answer = match answer {
+            Some(answer) => Some(answer),
+            // An answer that got lost costs only time: it is in the history too.
+            None => self.look_up(done.order_id, done.correlation_id).await,
+        };
+        match answer {
+            Some(answer) if answer.status != AckStatus::Failed => {
+                metrics::counter!("orderstream_requests_answered_total").increment(1);
+                metrics::histogram!("orderstream_answer_seconds").record(began.elapsed().as_secs_f64());
+                answered(done, answer)
+            }
+            _ => {
+                metrics::counter!("orderstream_requests_timed_out_total").increment(1);
+                Ok(Done { progress: Progress::Pending, ..done })
+            }
+        }
+    }
+
+    async fn look_up(&self, order_id: Uuid, correlation_id: Uuid) -> Option<Answer> {
+        match read::request(&self.db, order_id, correlation_id).await {
+            Ok(request) => request?.answer,
+            Err(error) => {
+                // It is stored, and that is what the caller is told.
+                tracing::warn!(order.id = %order_id, error = format!("{:#}", anyhow::Error::from(error)), "looking for an answer");
+                None
+            }
+        }
+    }
+
+    /// Tells again what became of the request that created this very order.
+    async fn repeat(&self, order_id: Uuid, correlation_id: Uuid, wait: Option<Instant>) -> Result<Done, Problem> {
+        let known = read::request(&self.db, order_id, correlation_id).await?;
+        let request = known.ok_or(Problem::Unavailable("the order is being created by another request"))?;
+        metrics::counter!("orderstream_requests_repeated_total").increment(1);
+        let done = Done {
+            operation: Operation::Created,
+            order_id,
+            correlation_id,
+            version: request.version,
+            state: State { status: request.status, version: request.version, amount: None, currency: None },
+            superseded_by: None,
+            progress: if wait.is_some() { Progress::Pending } else { Progress::Repeated },
+        };
+        match request.answer {
+            Some(answer) => answered(Done { progress: Progress::Repeated, ..done }, answer)
+                .map(|done| Done { progress: Progress::Repeated, ..done }),
+            None => Ok(done),
+        }
+    }
+
+    pub(crate) async fn order(&self, order_id: Uuid) -> Result<Option<read::Order>, DbError> {
+        read::order(&self.db, order_id).await
+    }
+}
+
+fn answered(done: Done, answer: Answer) -> Result<Done, Problem> {
+    if answer.status == AckStatus::Rejected {
+        return Err(Problem::Rejected {
+            order_id: done.order_id,
+            correlation_id: done.correlation_id,
+            reason: answer.error.unwrap_or_default(),
+            order_status: answer.order_status,
+            order_version: answer.order_version,
+        });
+    }
+    Ok(Done {
+        state: State {
+            status: answer.order_status,
+            version: answer.order_version,
+            amount: answer.amount,
+            currency: answer.currency,
+        },
+        superseded_by: answer.superseded_by,
+        progress: Progress::Answered,
+        ..done
+    })
+}
+
+/// How long a caller waits at most and by default.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WaitLimits {
+    pub default: Duration,
+    pub max: Duration,
+}

@@ -1,0 +1,536 @@
+//! The body of `POST /orders`: read, checked against every rule that its own fields can break, and
+//! turned into what is to be done. Knows neither HTTP nor the database.
+
+use std::{borrow::Cow, fmt};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
+use shared::{
+    lifecycle::{self, Lifecycle},
+    money::Money,
+    order::{self, DELETED, MAX_ID, PayloadFields, Unknown, Violation, money, parse_items, text, total},
+};
+use uuid::Uuid;
+
+use crate::json::{self, Digest};
+
+/// What a client asks for.
+#[derive(Debug)]
+pub enum Upsert {
+    Create(NewOrder),
+    Update(Change),
+    Delete(Target),
+}
+
+#[derive(Debug)]
+pub struct NewOrder {
+    pub user_id: String,
+    pub external_id: Option<String>,
+    pub lifecycle: &'static Lifecycle,
+    pub fields: Fields,
+    /// Of all that the client gave: tells a safe repeat from a conflict.
+    pub fingerprint: Digest,
+}
+
+/// An order to be changed, as the client names it.
+#[derive(Debug)]
+pub struct Target {
+    pub order_id: Uuid,
+    /// If given, the order must be this user's.
+    pub user_id: Option<String>,
+}
+
+#[derive(Debug)]
+pub struct Change {
+    pub target: Target,
+    /// May be repeated; another one is refused.
+    pub external_id: Option<String>,
+    /// May be repeated; another one is refused.
+    pub lifecycle: Option<&'static Lifecycle>,
+    pub fields: Fields,
+}
+
+/// The content of an order that a client gave; `None` is what it did not.
+#[derive(Debug, Default)]
+pub struct Fields {
+    /// Normalised: the names and the order of fields are ours.
+    pub items: Option<Box<RawValue>>,
+    pub amount: Option<Money>,
+    pub currency: Option<Currency>,
+    pub payload: Option<Box<RawValue>>,
+    pub shipping_address: Option<String>,
+    pub billing_address: Option<String>,
+    pub notes: Option<String>,
+}
+
+/// The currency that goes with the given content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Currency {
+    /// By the order's own field, else by the payload's, else by default.
+    Known(String),
+    /// The payload's is none; the worker says so.
+    Broken,
+}
+
+/// Why a body is not taken.
+#[derive(Debug)]
+pub enum BadRequest {
+    /// It is no JSON.
+    Malformed(String),
+    /// It breaks these rules.
+    Invalid(Vec<Violation>),
+}
+
+/// What applies where the body is silent.
+#[derive(Clone, Debug)]
+pub struct Defaults {
+    pub lifecycle: &'static Lifecycle,
+    pub currency: String,
+}
+
+/// Reads a body. `header_user` is the `X-User-Id` header.
+pub fn parse(body: &[u8], header_user: Option<&str>, defaults: &Defaults) -> Result<Upsert, BadRequest> {
+    let body =
+        std::str::from_utf8(body).map_err(|error| BadRequest::Malformed(format!("the body is not UTF-8: {error}")))?;
+    let raw: Body<'_> = serde_json::from_str(body).map_err(|error| {
+        if error.is_data() {
+            BadRequest::Invalid(vec![Violation::new("", "must be a JSON object")])
+        } else {
+            BadRequest::Malformed(format!("the body is not JSON: {error}"))
+        }
+    })?;
+    let mut check = Check { violations: raw.violations(), malformed: None };
+    let upsert = check.upsert(&raw, header_user, defaults);
+    if let Some(reason) = check.malformed {
+        return Err(BadRequest::Malformed(reason));
+    }
+    match upsert {
+        Some(upsert) if check.violations.is_empty() => Ok(upsert),
+        _ if check.violations.is_empty() => Err(BadRequest::Malformed("the body makes no sense".to_owned())),
+        _ => Err(BadRequest::Invalid(check.violations)),
+    }
+}
+
+/// The fields we know, each as it stands in the body.
+#[derive(Default)]
+struct Body<'a> {
+    values: [Option<&'a RawValue>; FIELDS.len()],
+    unknown: Vec<String>,
+    twice: Vec<&'static str>,
+}
+
+const FIELDS: [&str; 12] = [
+    "order_id",
+    "user_id",
+    "external_id",
+    "lifecycle",
+    "items",
+    "amount",
+    "currency",
+    "shipping_address",
+    "billing_address",
+    "notes",
+    "payload",
+    "status",
+];
+const ALIASES: [(&str, &str); 2] = [("order_items", "items"), ("payload_json", "payload")];
+
+impl<'de> Deserialize<'de> for Body<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Body<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut body = Body::default();
+                while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+                    let name = ALIASES.iter().find(|(alias, _)| *alias == key).map_or(&*key, |(_, name)| name);
+                    let Some(index) = FIELDS.iter().position(|field| *field == name) else {
+                        map.next_value::<IgnoredAny>()?;
+                        body.unknown.push(key.into_owned());
+                        continue;
+                    };
+                    let value = map.next_value::<&RawValue>()?;
+                    if body.values[index].replace(value).is_some() {
+                        body.twice.push(FIELDS[index]);
+                    }
+                }
+                Ok(body)
+            }
+        }
+        deserializer.deserialize_map(Fields)
+    }
+}
+
+impl<'a> Body<'a> {
+    /// `null` is as good as absent.
+    fn get(&self, name: &str) -> Option<&'a RawValue> {
+        let index = FIELDS.iter().position(|field| *field == name)?;
+        self.values[index].filter(|raw| raw.get() != "null")
+    }
+
+    fn violations(&self) -> Vec<Violation> {
+        let unknown = self.unknown.iter().map(|name| {
+            let reason = format!("is not a field of an order ({})", FIELDS.join(", "));
+            Violation::new(format!("/{}", order::escape(name)), reason)
+        });
+        let twice = self.twice.iter().map(|name| Violation::new(format!("/{name}"), "is given twice"));
+        unknown.chain(twice).collect()
+    }
+}
+
+/// Collects every broken rule, not just the first.
+struct Check {
+    violations: Vec<Violation>,
+    /// An id that is none counts before any broken rule.
+    malformed: Option<String>,
+}
+
+impl Check {
+    fn broken(&mut self, name: &str, reason: impl Into<String>) {
+        self.violations.push(Violation::new(format!("/{name}"), reason));
+    }
+
+    fn upsert(&mut self, body: &Body<'_>, header_user: Option<&str>, defaults: &Defaults) -> Option<Upsert> {
+        let order_id = self.order_id(body);
+        let user_id = self.user_id(body, header_user);
+        let external_id = self.id(body, "external_id").filter(|id| !id.is_empty());
+        let lifecycle = self.lifecycle(body);
+        let deleting = self.status(body);
+        let payload = self.payload(body);
+        let from_payload = payload.as_ref().and_then(|(raw, _)| match PayloadFields::of(raw) {
+            Ok(fields) => Some(fields),
+            Err(violation) => {
+                self.violations.push(violation);
+                None
+            }
+        });
+        let (items, items_total) = self.items(body);
+        let amount = self.amount(body, items_total);
+        let own_currency = self.currency(body);
+        let mut texts = ["shipping_address", "billing_address", "notes"].map(|name| self.text(body, name));
+
+        let fingerprint = |lifecycle: &Lifecycle, texts: &[Option<String>; 3]| {
+            let of_text = |text: Option<&str>| text.map(Digest::of_text);
+            Digest::of_fields(&[
+                ("lifecycle", of_text(Some(lifecycle.name))),
+                ("items", of_text(items.as_deref().map(RawValue::get))),
+                ("amount", amount.map(|amount| Digest::of_text(&amount.to_string()))),
+                ("currency", of_text(own_currency.as_deref())),
+                ("payload", payload.as_ref().map(|(_, digest)| *digest)),
+                ("shipping_address", of_text(texts[0].as_deref())),
+                ("billing_address", of_text(texts[1].as_deref())),
+                ("notes", of_text(texts[2].as_deref())),
+            ])
+        };
+        let fingerprint = fingerprint(lifecycle.unwrap_or(defaults.lifecycle), &texts);
+        let payload_id = from_payload.and_then(|fields| fields.id).and_then(|raw| self.payload_id(raw));
+        let external_id = if order_id.is_none() { external_id.or(payload_id) } else { external_id };
+        let creating = order_id.is_none();
+        let currency = match (own_currency, from_payload.and_then(|fields| fields.currency)) {
+            (Some(own), _) => Some(Currency::Known(own)),
+            (None, Some(raw)) if raw.get() != "null" => {
+                let known = text(raw).filter(|code| order::currency(code).is_ok());
+                Some(known.map_or(Currency::Broken, |code| Currency::Known(code.into_owned())))
+            }
+            // A given payload brings its own currency; without one it is the default again.
+            _ if creating || payload.is_some() => Some(Currency::Known(defaults.currency.clone())),
+            _ => None,
+        };
+        let fields = Fields {
+            items,
+            amount,
+            currency,
+            payload: payload.map(|(raw, _)| raw),
+            shipping_address: texts[0].take(),
+            billing_address: texts[1].take(),
+            notes: texts[2].take(),
+        };
+        match (order_id, deleting) {
+            (None, true) => {
+                self.broken("order_id", "is missing: which order is to be deleted?");
+                None
+            }
+            (None, false) => {
+                if user_id.is_none() && !self.violations.iter().any(|v| v.pointer == "/user_id") {
+                    self.broken("user_id", "is missing: give it here or in the header X-User-Id");
+                }
+                let lifecycle = lifecycle.unwrap_or(defaults.lifecycle);
+                Some(Upsert::Create(NewOrder { user_id: user_id?, external_id, lifecycle, fields, fingerprint }))
+            }
+            (Some(order_id), true) => Some(Upsert::Delete(Target { order_id, user_id })),
+            (Some(order_id), false) => {
+                Some(Upsert::Update(Change { target: Target { order_id, user_id }, external_id, lifecycle, fields }))
+            }
+        }
+    }
+
+    /// `None` creates.
+    fn order_id(&mut self, body: &Body<'_>) -> Option<Uuid> {
+        let raw = body.get("order_id")?;
+        match text(raw).as_deref() {
+            Some("" | "0") => None,
+            Some(id) => {
+                let parsed = Uuid::try_parse(id).ok();
+                if parsed.is_none() {
+                    self.malformed =
+                        Some("order_id is not a UUID; leave it out, or give \"0\", to create an order".to_owned());
+                }
+                parsed
+            }
+            None => {
+                self.broken("order_id", "must be text");
+                None
+            }
+        }
+    }
+
+    fn user_id(&mut self, body: &Body<'_>, header: Option<&str>) -> Option<String> {
+        let own = self.id(body, "user_id");
+        if own.as_deref() == Some("") {
+            self.broken("user_id", "must have 1 to 255 characters");
+        }
+        match (own, header) {
+            (Some(own), Some(header)) if own != header => {
+                self.broken("user_id", "is another than that of the header X-User-Id");
+                None
+            }
+            (Some(own), _) => Some(own),
+            (None, Some(header)) => {
+                if header.is_empty() || header.chars().count() > MAX_ID {
+                    self.broken("user_id", "the header X-User-Id must have 1 to 255 characters");
+                }
+                Some(header.to_owned())
+            }
+            (None, None) => None,
+        }
+    }
+
+    /// An id from elsewhere: text, or a whole number.
+    fn id(&mut self, body: &Body<'_>, name: &str) -> Option<String> {
+        let raw = body.get(name)?;
+        match order::id(raw) {
+            Some(id) => self.checked_id(name, id.into_owned()),
+            None => {
+                self.broken(name, "must be text or a whole number");
+                None
+            }
+        }
+    }
+
+    fn checked_id(&mut self, name: &str, id: String) -> Option<String> {
+        if id.chars().count() > MAX_ID {
+            self.broken(name, "must have 1 to 255 characters");
+        } else if id.contains('\0') {
+            self.broken(name, "must not contain \\u0000");
+        } else {
+            return Some(id);
+        }
+        None
+    }
+
+    /// The marketplace's own id in its payload, if it looks like one.
+    fn payload_id(&mut self, raw: &RawValue) -> Option<String> {
+        let id = order::id(raw).filter(|id| !id.is_empty())?;
+        self.checked_id("payload/id", id.into_owned())
+    }
+
+    fn lifecycle(&mut self, body: &Body<'_>) -> Option<&'static Lifecycle> {
+        let raw = body.get("lifecycle")?;
+        let found = text(raw).and_then(|name| lifecycle::find(&name));
+        if found.is_none() {
+            self.broken("lifecycle", format!("must be one of {}", lifecycle::names()));
+        }
+        found
+    }
+
+    /// Is the order to be deleted?
+    fn status(&mut self, body: &Body<'_>) -> bool {
+        match body.get("status").map(|raw| text(raw)) {
+            None => false,
+            Some(Some(status)) if status == DELETED => true,
+            Some(_) => {
+                self.broken("status", "can only be \"deleted\" here; other states have routes of their own");
+                false
+            }
+        }
+    }
+
+    fn payload(&mut self, body: &Body<'_>) -> Option<(Box<RawValue>, Digest)> {
+        let raw = body.get("payload")?;
+        let raw = match text(raw) {
+            // payload_json: JSON in a string.
+            Some(json) => RawValue::from_string(json.into_owned())
+                .map_err(|error| self.broken("payload", format!("is not JSON: {error}")))
+                .ok()?,
+            None => raw.to_owned(),
+        };
+        if !raw.get().starts_with('{') {
+            self.broken("payload", "must be an object");
+            return None;
+        }
+        match json::digest(&raw) {
+            Ok(digest) => Some((raw, digest)),
+            Err(error) => {
+                self.broken(&format!("payload{}", error.pointer), error.reason);
+                None
+            }
+        }
+    }
+
+    fn items(&mut self, body: &Body<'_>) -> (Option<Box<RawValue>>, Option<Money>) {
+        let Some(raw) = body.get("items") else { return (None, None) };
+        match parse_items(raw, "/items", Unknown::Refuse) {
+            Ok(items) => (serde_json::value::to_raw_value(&items).ok(), total(&items)),
+            Err(violations) => {
+                self.violations.extend(violations);
+                (None, None)
+            }
+        }
+    }
+
+    fn amount(&mut self, body: &Body<'_>, items_total: Option<Money>) -> Option<Money> {
+        let amount = money(body.get("amount")?).map_err(|error| self.broken("amount", error.to_string())).ok()?;
+        match items_total {
+            Some(total) if total != amount => {
+                self.broken("amount", format!("is not what the items come to, {total}; leave it out"));
+                None
+            }
+            _ => Some(amount),
+        }
+    }
+
+    fn currency(&mut self, body: &Body<'_>) -> Option<String> {
+        let code = text(body.get("currency")?).unwrap_or_default();
+        match order::currency(&code) {
+            Ok(code) => Some(code.to_owned()),
+            Err(reason) => {
+                self.broken("currency", reason);
+                None
+            }
+        }
+    }
+
+    fn text(&mut self, body: &Body<'_>, name: &str) -> Option<String> {
+        match text(body.get(name)?) {
+            Some(text) if text.contains('\0') => self.broken(name, "must not contain \\u0000"),
+            Some(text) => return Some(text.into_owned()),
+            None => self.broken(name, "must be text"),
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(body: &str) -> Result<Upsert, BadRequest> {
+        let defaults = Defaults { lifecycle: lifecycle::find("marketplace").unwrap(), currency: "USD".into() };
+        parse(body.as_bytes(), None, &defaults)
+    }
+
+    fn created(body: &str) -> NewOrder {
+        match read(body) {
+            Ok(Upsert::Create(order)) => order,
+            other => panic!("{body}: {other:?}"),
+        }
+    }
+
+    fn pointers(body: &str) -> Vec<String> {
+        match read(body) {
+            Err(BadRequest::Invalid(violations)) => violations.into_iter().map(|v| v.pointer).collect(),
+            other => panic!("{body}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_absent_empty_or_zero_id_creates() {
+        for id in ["", r#""order_id":"","#, r#""order_id":"0","#, r#""order_id":null,"#] {
+            created(&format!(r#"{{{id}"user_id":"u"}}"#));
+        }
+        let id = "0198f2a0-0000-7000-8000-000000000001";
+        assert!(matches!(read(&format!(r#"{{"order_id":"{id}"}}"#)), Ok(Upsert::Update(_))));
+        assert!(matches!(read(&format!(r#"{{"order_id":"{id}","status":"deleted"}}"#)), Ok(Upsert::Delete(_))));
+        assert!(matches!(read(r#"{"order_id":"1","user_id":"u"}"#), Err(BadRequest::Malformed(_))));
+    }
+
+    #[test]
+    fn the_payloads_id_and_currency_serve_when_the_own_are_absent() {
+        let order = created(r#"{"user_id":7,"payload":{"id":42,"currency":"BRL","items":"broken"}}"#);
+        assert_eq!((order.user_id.as_str(), order.external_id.as_deref()), ("7", Some("42")));
+        assert_eq!(order.fields.currency, Some(Currency::Known("BRL".into())));
+        let order = created(
+            r#"{"user_id":"u","external_id":"own","currency":"EUR","payload_json":"{\"id\":\"x\",\"currency\":\"BRL\"}"}"#,
+        );
+        assert_eq!(order.external_id.as_deref(), Some("own"));
+        assert_eq!(order.fields.currency, Some(Currency::Known("EUR".into())));
+        let order = created(r#"{"user_id":"u","payload":{"currency":"XXQ"}}"#);
+        assert_eq!(order.fields.currency, Some(Currency::Broken));
+    }
+
+    #[test]
+    fn a_fingerprint_tells_other_content_from_the_same_said_otherwise() {
+        let a = created(
+            r#"{"user_id":"u","external_id":"e","items":[{"product_id":"p","quantity":1,"price":"2.50"}],"payload":{"a":1,"b":2}}"#,
+        );
+        let b = created(
+            r#"{"payload":{"b":2,"a":1},"order_items":[{"unit_price":2.50,"quantity":1,"product_id":"p"}],"user_id":"u","external_id":"e"}"#,
+        );
+        let c = created(
+            r#"{"user_id":"u","external_id":"e","items":[{"product_id":"p","quantity":2,"price":"2.50"}],"payload":{"a":1,"b":2}}"#,
+        );
+        assert_eq!(a.fingerprint, b.fingerprint);
+        assert_ne!(a.fingerprint, c.fingerprint);
+    }
+
+    #[test]
+    fn every_broken_rule_is_named() {
+        let body = r#"{"user_id":"","x/y":1,"notes":"a\u0000b","currency":"usd","amount":-1,"lifecycle":"none","status":"done","items":[{"product_id":"p","quantity":0,"unit_price":1}],"payload":[],"billing_address":"\ud800","amount":2}"#;
+        let found = pointers(body);
+        for pointer in [
+            "/user_id",
+            "/x~1y",
+            "/notes",
+            "/currency",
+            "/amount",
+            "/lifecycle",
+            "/status",
+            "/items/0/quantity",
+            "/payload",
+            "/billing_address",
+        ] {
+            assert!(found.iter().any(|p| p == pointer), "{pointer} in {found:?}");
+        }
+        assert_eq!(pointers("[]"), [""]);
+        assert_eq!(pointers("{}"), ["/user_id"]);
+        assert_eq!(
+            pointers(r#"{"user_id":"u","amount":5,"items":[{"product_id":"p","quantity":1,"unit_price":4}]}"#),
+            ["/amount"]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let defaults = Defaults { lifecycle: lifecycle::find("marketplace").unwrap(), currency: "USD".into() };
+            let _ = parse(&body, Some("u"), &defaults);
+        }
+
+        #[test]
+        fn no_json_panics(value in r#"(\{|\[|"|\\u0000|\\ud800|[a-z0-9:,.eE+-]|\}|\]){0,60}"#) {
+            for field in FIELDS {
+                let _ = read(&format!(r#"{{"{field}":{value}}}"#));
+            }
+        }
+    }
+}

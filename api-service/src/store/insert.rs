@@ -1,0 +1,145 @@
+//! Writes new orders: many in one statement, which is one round trip and one commit.
+
+use std::collections::HashSet;
+
+use rust_decimal::Decimal;
+use shared::{
+    db::{Connection, DbError},
+    message::Message,
+};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::json::Digest;
+
+/// An order as it is first stored, with the event that tells of it.
+#[derive(Debug)]
+pub(crate) struct NewRow {
+    pub order_id: Uuid,
+    pub user_id: String,
+    pub external_id: Option<String>,
+    pub lifecycle: &'static str,
+    pub status: &'static str,
+    pub amount: Option<Decimal>,
+    pub currency: Option<String>,
+    pub items: Option<String>,
+    pub payload: Option<String>,
+    pub shipping_address: Option<String>,
+    pub billing_address: Option<String>,
+    pub notes: Option<String>,
+    pub at: OffsetDateTime,
+    pub fingerprint: Digest,
+    pub event_id: Uuid,
+    pub correlation_id: Uuid,
+    pub event: Message,
+}
+
+/// One place for the columns of the statement's input.
+macro_rules! insert_sql {
+    ($refs:literal) => {
+        concat!(
+            "with i as materialized (
+                select * from unnest(
+                    $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::numeric[], $7::text[],
+                    $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::timestamptz[],
+                    $14::bytea[], $15::uuid[], $16::uuid[], $17::text[], $18::text[])
+                as i(order_id, user_id, external_id, lifecycle, status, amount, currency,
+                    items, payload, shipping_address, billing_address, notes, at,
+                    fingerprint, event_id, correlation_id, headers, body)
+            ), refs as (",
+            $refs,
+            "), fresh as materialized (
+                select i.* from i where i.external_id is null or i.order_id in (select order_id from refs)
+            ), stored as (
+                insert into orders (order_id, user_id, external_id, lifecycle, status, version, content_version,
+                    amount, currency, items, payload, shipping_address, billing_address, notes, created_at, updated_at)
+                select order_id, user_id, external_id, lifecycle, status, 1, 1, amount, currency, items::json,
+                    payload::json, shipping_address, billing_address, notes, at, at
+                from fresh
+            ), told as (
+                insert into order_events (order_id, version, event_id, cause, type, to_status, correlation_id, at)
+                select order_id, 1, event_id, correlation_id::text, 'order.created', status, correlation_id, at
+                from fresh
+            ), sent as (
+                insert into outbox (order_id, version, topic, key, headers, body)
+                select order_id, 1, $19, order_id::text, headers::json, body from fresh
+            )
+            select order_id from fresh"
+        )
+    };
+}
+
+/// Stores those whose external id is still free; which those are. Sort by user and external id:
+/// two writers that take the same ones in another order would wait for each other.
+pub(crate) async fn insert_orders(
+    connection: &Connection,
+    rows: &[&NewRow],
+    topic: &str,
+) -> Result<HashSet<Uuid>, DbError> {
+    const SQL: &str = insert_sql!(
+        "insert into order_refs (user_id, external_id, order_id, fingerprint)
+         select user_id, external_id, order_id, fingerprint from i where external_id is not null
+         on conflict do nothing
+         returning order_id"
+    );
+    insert(connection, SQL, rows, topic).await
+}
+
+/// Stores one order whose external id belongs to a deleted one, if it still does.
+pub(crate) async fn insert_in_place_of_deleted(
+    connection: &Connection,
+    row: &NewRow,
+    topic: &str,
+) -> Result<bool, DbError> {
+    // A deleted order stays deleted, so what is seen without a lock holds; of two that come at
+    // once, the second finds the order of the first, which is not deleted.
+    const SQL: &str = insert_sql!(
+        "update order_refs r
+         set order_id = i.order_id, fingerprint = i.fingerprint
+         from i, orders o
+         where r.user_id = i.user_id and r.external_id = i.external_id
+           and o.order_id = r.order_id and o.status = 'deleted'
+         returning i.order_id"
+    );
+    Ok(!insert(connection, SQL, &[row], topic).await?.is_empty())
+}
+
+async fn insert(
+    connection: &Connection,
+    sql: &'static str,
+    rows: &[&NewRow],
+    topic: &str,
+) -> Result<HashSet<Uuid>, DbError> {
+    fn column<'a, T>(rows: &[&'a NewRow], of: impl Fn(&'a NewRow) -> T) -> Vec<T> {
+        rows.iter().map(|row| of(row)).collect()
+    }
+    let statement = connection.prepared(sql).await?;
+    let stored = connection
+        .client()
+        .query(
+            &statement,
+            &[
+                &column(rows, |row| row.order_id),
+                &column(rows, |row| row.user_id.as_str()),
+                &column(rows, |row| row.external_id.as_deref()),
+                &column(rows, |row| row.lifecycle),
+                &column(rows, |row| row.status),
+                &column(rows, |row| row.amount),
+                &column(rows, |row| row.currency.as_deref()),
+                &column(rows, |row| row.items.as_deref()),
+                &column(rows, |row| row.payload.as_deref()),
+                &column(rows, |row| row.shipping_address.as_deref()),
+                &column(rows, |row| row.billing_address.as_deref()),
+                &column(rows, |row| row.notes.as_deref()),
+                &column(rows, |row| row.at),
+                &column(rows, |row| row.fingerprint.0.to_be_bytes().to_vec()),
+                &column(rows, |row| row.event_id),
+                &column(rows, |row| row.correlation_id),
+                &column(rows, |row| row.event.headers.to_json()),
+                &column(rows, |row| row.event.body.as_str()),
+                &topic,
+            ],
+        )
+        .await?;
+    Ok(stored.iter().map(|row| row.get(0)).collect())
+}

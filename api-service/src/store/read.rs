@@ -1,0 +1,198 @@
+//! Reads orders, their history, and what became of a request.
+
+use rust_decimal::Decimal;
+use serde::Serialize;
+use serde_json::value::RawValue;
+use shared::{
+    db::{Connection, Db, DbError},
+    message::Answer,
+    money::Money,
+    order::PayloadFields,
+};
+use time::OffsetDateTime;
+use tokio_postgres::{Row, types::ToSql};
+use uuid::Uuid;
+
+use super::json;
+
+/// An order as it reads.
+#[derive(Debug, Serialize)]
+pub(crate) struct Order {
+    pub order_id: Uuid,
+    pub id: Uuid,
+    pub user_id: String,
+    pub external_id: Option<String>,
+    pub lifecycle: String,
+    pub status: String,
+    pub amount: Option<Money>,
+    pub currency: Option<String>,
+    pub items: Option<Box<RawValue>>,
+    pub payload: Option<Box<RawValue>>,
+    pub shipping_address: Option<String>,
+    pub billing_address: Option<String>,
+    pub notes: Option<String>,
+    pub version: i64,
+    pub content_version: i64,
+    /// PostgreSQL's own hash partition, 0 to 3.
+    pub bucket: i32,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339")]
+    pub updated_at: OffsetDateTime,
+}
+
+/// One line of an order's history.
+#[derive(Debug, Serialize)]
+pub(crate) struct HistoryRow {
+    pub version: i64,
+    pub from: Option<String>,
+    pub to: String,
+    pub event: String,
+    pub cause: String,
+    pub ignored: bool,
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+}
+
+/// What is known of a request: what it did, and the worker's answer once there is one.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub version: i64,
+    pub status: String,
+    pub ignored: bool,
+    pub answer: Option<Answer>,
+}
+
+/// Whose external id it is.
+#[derive(Debug)]
+pub(crate) struct Reference {
+    pub order_id: Uuid,
+    pub fingerprint: Vec<u8>,
+    pub deleted: bool,
+    /// Of the request that created the order.
+    pub correlation_id: Uuid,
+}
+
+macro_rules! order_columns {
+    () => {
+        "o.order_id, o.user_id, o.external_id, o.lifecycle, o.status, o.amount, o.currency, o.items::text,
+         o.payload::text, o.shipping_address, o.billing_address, o.notes, o.version, o.content_version,
+         right(o.tableoid::regclass::text, 1)::int as bucket, o.created_at, o.updated_at"
+    };
+}
+
+/// One statement on a connection of its own, under the deadline for reading.
+async fn query(db: &Db, sql: &'static str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, DbError> {
+    let connection = db.pool.get().await?;
+    connection.within(db.settings.query_timeout, query_on(&connection, sql, params)).await
+}
+
+async fn query_on(
+    connection: &Connection,
+    sql: &'static str,
+    params: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, DbError> {
+    let statement = connection.prepared(sql).await?;
+    Ok(connection.client().query(&statement, params).await?)
+}
+
+/// The order of this id.
+pub(crate) async fn order(db: &Db, order_id: Uuid) -> Result<Option<Order>, DbError> {
+    const SQL: &str = concat!("select ", order_columns!(), " from orders o where o.order_id = $1");
+    Ok(query(db, SQL, &[&order_id]).await?.first().map(order_of))
+}
+
+/// The order that has this external id of this user now, deleted or not.
+pub(crate) async fn order_by_external(db: &Db, user_id: &str, external_id: &str) -> Result<Option<Order>, DbError> {
+    const SQL: &str = concat!(
+        "select ",
+        order_columns!(),
+        " from order_refs r join orders o on o.order_id = r.order_id where r.user_id = $1 and r.external_id = $2"
+    );
+    Ok(query(db, SQL, &[&user_id, &external_id]).await?.first().map(order_of))
+}
+
+/// All that happened to an order, oldest first.
+pub(crate) async fn history(db: &Db, order_id: Uuid) -> Result<Vec<HistoryRow>, DbError> {
+    const SQL: &str = "
+        select version, from_status, to_status, type, cause, ignored, at
+        from order_events where order_id = $1 order by version, ignored, at, cause";
+    let rows = query(db, SQL, &[&order_id]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| HistoryRow {
+            version: row.get("version"),
+            from: row.get("from_status"),
+            to: row.get("to_status"),
+            event: row.get("type"),
+            cause: row.get("cause"),
+            ignored: row.get("ignored"),
+            at: row.get("at"),
+        })
+        .collect())
+}
+
+/// What became of a request, wherever it was made.
+pub(crate) async fn request(db: &Db, order_id: Uuid, correlation_id: Uuid) -> Result<Option<Request>, DbError> {
+    const SQL: &str = "
+        select r.version, r.to_status, r.ignored, h.answer::text
+        from order_events r
+        left join order_events h on h.order_id = r.order_id and h.cause = r.event_id::text
+        where r.order_id = $1 and r.cause = $2";
+    let rows = query(db, SQL, &[&order_id, &correlation_id.to_string()]).await?;
+    Ok(rows.first().map(|row| Request {
+        version: row.get("version"),
+        status: row.get("to_status"),
+        ignored: row.get("ignored"),
+        answer: row.get::<_, Option<&str>>("answer").and_then(|json| serde_json::from_str(json).ok()),
+    }))
+}
+
+/// Who has this external id. On a given connection: the writer asks in a second statement, since
+/// the first does not see what it lost to.
+pub(crate) async fn reference(
+    connection: &Connection,
+    user_id: &str,
+    external_id: &str,
+) -> Result<Option<Reference>, DbError> {
+    const SQL: &str = "
+        select r.order_id, r.fingerprint, o.status = 'deleted' as deleted, e.correlation_id
+        from order_refs r
+        join orders o on o.order_id = r.order_id
+        join order_events e on e.order_id = r.order_id and e.version = 1 and e.type = 'order.created'
+        where r.user_id = $1 and r.external_id = $2";
+    let rows = query_on(connection, SQL, &[&user_id, &external_id]).await?;
+    Ok(rows.first().map(|row| Reference {
+        order_id: row.get("order_id"),
+        fingerprint: row.get("fingerprint"),
+        deleted: row.get("deleted"),
+        correlation_id: row.get("correlation_id"),
+    }))
+}
+
+fn order_of(row: &Row) -> Order {
+    let order_id = row.get("order_id");
+    let payload = json(row, "payload");
+    // Items that came inside the payload are stored once, there.
+    let of_payload = || PayloadFields::of(payload.as_deref()?).ok()?.items.map(ToOwned::to_owned);
+    Order {
+        order_id,
+        id: order_id,
+        user_id: row.get("user_id"),
+        external_id: row.get("external_id"),
+        lifecycle: row.get("lifecycle"),
+        status: row.get("status"),
+        amount: row.get::<_, Option<Decimal>>("amount").and_then(|amount| Money::try_from(amount).ok()),
+        currency: row.get("currency"),
+        items: json(row, "items").or_else(of_payload),
+        payload,
+        shipping_address: row.get("shipping_address"),
+        billing_address: row.get("billing_address"),
+        notes: row.get("notes"),
+        version: row.get("version"),
+        content_version: row.get("content_version"),
+        bucket: row.get("bucket"),
+        created_at: row.get("created_at"),
+        updated_at: row.get("updated_at"),
+    }
+}

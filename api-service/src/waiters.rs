@@ -1,0 +1,130 @@
+//! The callers that wait for the worker's answer: a table of oneshot senders by correlation id.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use dashmap::DashMap;
+use shared::message::Answer;
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+/// A handle to the table.
+#[derive(Clone)]
+pub(crate) struct Waiters {
+    table: Arc<DashMap<Uuid, oneshot::Sender<Answer>>>,
+    count: Arc<AtomicUsize>,
+    limit: usize,
+}
+
+/// A place in the table. Dropping it gives the place up, whatever ends the wait: the answer, the
+/// deadline, a client that left, a panic.
+pub(crate) struct Waiter {
+    id: Uuid,
+    waiters: Waiters,
+    answer: oneshot::Receiver<Answer>,
+}
+
+impl Waiters {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { table: Arc::default(), count: Arc::default(), limit }
+    }
+
+    /// Takes a place. Before the event can be seen: an answer that comes first would find nobody.
+    /// `None` when there are too many already.
+    pub(crate) fn register(&self, id: Uuid) -> Option<Waiter> {
+        let before = self.count.fetch_add(1, Ordering::Relaxed);
+        if before >= self.limit {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        metrics::gauge!("orderstream_waiters").increment(1.0);
+        let (sender, answer) = oneshot::channel();
+        self.table.insert(id, sender);
+        Some(Waiter { id, waiters: self.clone(), answer })
+    }
+
+    /// Gives the answer to whoever waits for it here. `read` is called only if somebody does.
+    pub(crate) fn answer(&self, id: Uuid, read: impl FnOnce() -> Option<Answer>) {
+        // The guard of the table is gone before anything is read or sent.
+        if self.table.contains_key(&id)
+            && let Some(answer) = read()
+            && let Some((_, sender)) = self.table.remove(&id)
+        {
+            let _ = sender.send(answer);
+        }
+    }
+}
+
+impl Waiter {
+    /// The answer. Never resolves when there will be none.
+    pub(crate) async fn answered(&mut self) -> Answer {
+        match (&mut self.answer).await {
+            Ok(answer) => answer,
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        self.waiters.table.remove(&self.id);
+        self.waiters.count.fetch_sub(1, Ordering::Relaxed);
+        metrics::gauge!("orderstream_waiters").decrement(1.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use shared::message::AckStatus;
+
+    use super::*;
+
+    fn answer(version: i64) -> Answer {
+        Answer {
+            status: AckStatus::Processed,
+            order_status: "done".into(),
+            order_version: version,
+            amount: None,
+            currency: None,
+            error: None,
+            superseded_by: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn each_waiter_gets_its_own_answer() {
+        let waiters = Waiters::new(100);
+        let mut all: Vec<_> = (0..100).map(|version| (version, waiters.register(Uuid::now_v7()).unwrap())).collect();
+        for (version, waiter) in all.iter().rev() {
+            waiters.answer(waiter.id, || Some(answer(*version)));
+        }
+        for (version, waiter) in &mut all {
+            assert_eq!(waiter.answered().await.order_version, *version);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_answer_finds_nobody_and_is_not_even_read() {
+        let waiters = Waiters::new(1);
+        let mut waiter = waiters.register(Uuid::now_v7()).unwrap();
+        let id = waiter.id;
+        assert!(tokio::time::timeout(Duration::from_secs(5), waiter.answered()).await.is_err());
+        drop(waiter);
+        waiters.answer(id, || panic!("nobody waits"));
+        assert!(waiters.table.is_empty());
+    }
+
+    #[test]
+    fn a_full_table_takes_nobody_until_somebody_leaves() {
+        let waiters = Waiters::new(2);
+        let first = waiters.register(Uuid::now_v7());
+        let second = waiters.register(Uuid::now_v7());
+        assert!(first.is_some() && second.is_some() && waiters.register(Uuid::now_v7()).is_none());
+        drop(first);
+        assert!(waiters.register(Uuid::now_v7()).is_some());
+    }
+}

@@ -1,0 +1,341 @@
+//! Makes changes durable, many in one transaction: takes what is queued, writes it, commits,
+//! answers each; the next batch gathers meanwhile. No timer.
+//!
+//! A batch holds at most one change per order and per external id; what would be the second waits
+//! for the next batch. One bad change does not harm the others of its batch: when PostgreSQL
+//! refuses the rows, they are tried in halves. When the connection is lost nothing is tried
+//! again, since the commit may have been made: the caller hears so, and may safely repeat.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use shared::{
+    db::{Connection, Db, DbError, Fault},
+    message::{Headers, ReplyTo, now},
+    outbox::Outbox,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+    time::Instant,
+};
+use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{
+    change::{self, Decided},
+    error::Problem,
+    request::{Change, Target},
+    store::{change as store_change, insert, insert::NewRow, read},
+};
+
+/// Most changes in one transaction. Beyond this nothing is won, and one bad one costs more.
+const BATCH: usize = 256;
+/// Writers, each with a connection while it writes: one commits while the other gathers.
+const WRITERS: usize = 2;
+/// Changes that may wait for each writer: some tenths of a second. Beyond that a client had
+/// better hear at once that we are full.
+const QUEUE: usize = 4_096;
+/// Deadlocks and serialization failures in a row before the caller is told to try again.
+const CONTENTION_RETRIES: usize = 5;
+
+/// What is to be made durable.
+#[derive(Debug)]
+pub(crate) enum Work {
+    Create(Box<NewRow>),
+    Update(Box<Change>),
+    Delete(Target),
+}
+
+/// Who asked, and where the worker's answer is awaited.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    pub correlation_id: Uuid,
+    pub reply_to: Option<ReplyTo>,
+    /// Trace context of the request.
+    pub trace: Headers,
+}
+
+/// A change that is durable now.
+#[derive(Debug)]
+pub(crate) enum Written {
+    /// Done, and told by this event.
+    Now { order_id: Uuid, state: Box<change::State> },
+    /// The same order was created before, by this request.
+    Before { order_id: Uuid, correlation_id: Uuid },
+    /// There was nothing left to do.
+    Nothing { order_id: Uuid, state: Box<change::State> },
+}
+
+struct Command {
+    work: Work,
+    origin: Origin,
+    reply: oneshot::Sender<Result<Written, Problem>>,
+}
+
+/// A handle to the writers.
+#[derive(Clone)]
+pub(crate) struct Writer {
+    queues: Vec<mpsc::Sender<Command>>,
+    next: Arc<AtomicUsize>,
+}
+
+impl Writer {
+    /// Starts the writers among `tasks`; they end when the last handle is dropped.
+    pub(crate) fn start(db: &Db, outbox: &Outbox, topic: &str, tasks: &mut JoinSet<()>) -> Self {
+        let mut start = || {
+            let (sender, queue) = mpsc::channel(QUEUE);
+            let (db, outbox) = (db.clone(), outbox.clone());
+            tasks.spawn(Task { db, outbox, topic: topic.to_owned(), queue, later: VecDeque::new() }.run());
+            sender
+        };
+        Self { queues: (0..WRITERS).map(|_| start()).collect(), next: Arc::default() }
+    }
+
+    /// Returns once the change is durable.
+    pub(crate) async fn write(&self, work: Work, origin: Origin) -> Result<Written, Problem> {
+        let (reply, written) = oneshot::channel();
+        let queue = &self.queues[self.lane(&work)];
+        match queue.try_send(Command { work, origin, reply }) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                return Err(Problem::Unavailable("too many requests are waiting to be stored"));
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(Problem::Unavailable("shutting down")),
+        }
+        written.await.unwrap_or(Err(Problem::Unavailable(
+            "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
+        )))
+    }
+
+    /// What concerns one order or one external id goes to one writer: two would only wait for
+    /// each other's locks.
+    fn lane(&self, work: &Work) -> usize {
+        let hash = match Key::of(work) {
+            Some(Key::Order(id)) => xxh3_64(id.as_bytes()),
+            Some(Key::External(user_id, external_id)) => xxh3_64(user_id.as_bytes()) ^ xxh3_64(external_id.as_bytes()),
+            None => self.next.fetch_add(1, Ordering::Relaxed) as u64,
+        };
+        usize::try_from(hash % self.queues.len() as u64).unwrap_or(0)
+    }
+}
+
+/// What a batch may hold only once.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Key {
+    Order(Uuid),
+    External(String, String),
+}
+
+impl Key {
+    fn of(work: &Work) -> Option<Self> {
+        match work {
+            Work::Create(row) => {
+                row.external_id.clone().map(|external_id| Self::External(row.user_id.clone(), external_id))
+            }
+            Work::Update(change) => Some(Self::Order(change.target.order_id)),
+            Work::Delete(target) => Some(Self::Order(target.order_id)),
+        }
+    }
+}
+
+struct Task {
+    db: Db,
+    outbox: Outbox,
+    topic: String,
+    queue: mpsc::Receiver<Command>,
+    /// Second changes of an order or external id that the last batch had already.
+    later: VecDeque<Command>,
+}
+
+impl Task {
+    async fn run(mut self) {
+        while let Some(batch) = self.next_batch().await {
+            metrics::histogram!("orderstream_write_batch_size").record(batch.len() as f64);
+            let (creates, changes): (Vec<_>, Vec<_>) =
+                batch.into_iter().partition(|command| matches!(command.work, Work::Create(_)));
+            tokio::join!(self.write_all(creates), self.write_all(changes));
+        }
+    }
+
+    async fn next_batch(&mut self) -> Option<Vec<Command>> {
+        let mut keys = HashSet::new();
+        let mut batch = Vec::new();
+        let mut again = VecDeque::new();
+        if self.later.is_empty() {
+            self.later.push_back(self.queue.recv().await?);
+        }
+        while batch.len() < BATCH {
+            let Some(command) = self.later.pop_front().or_else(|| self.queue.try_recv().ok()) else { break };
+            match Key::of(&command.work) {
+                Some(key) if !keys.insert(key.clone()) => again.push_back(command),
+                _ => batch.push(command),
+            }
+            // One order changed again and again must not grow this beyond all bounds.
+            if again.len() >= BATCH {
+                break;
+            }
+        }
+        again.append(&mut self.later);
+        self.later = again;
+        Some(batch)
+    }
+
+    /// Writes a batch and answers everyone in it.
+    async fn write_all(&self, mut batch: Vec<Command>) {
+        if batch.is_empty() {
+            return;
+        }
+        batch.sort_by_cached_key(|command| match &command.work {
+            Work::Create(row) => (row.user_id.clone(), row.external_id.clone()),
+            Work::Update(_) | Work::Delete(_) => Default::default(),
+        });
+        let mut parts = vec![batch];
+        while let Some(part) = parts.pop() {
+            let started = Instant::now();
+            let result = self.write_part(&part).await;
+            metrics::histogram!("orderstream_commit_seconds").record(started.elapsed().as_secs_f64());
+            match result {
+                Ok(results) => {
+                    for (command, result) in part.into_iter().zip(results) {
+                        // Nobody there any more: the change stands all the same.
+                        let _ = command.reply.send(result);
+                    }
+                }
+                Err(error) if error.fault() == Fault::Data && part.len() > 1 => {
+                    let mut first = part;
+                    let second = first.split_off(first.len() / 2);
+                    parts.extend([second, first]);
+                }
+                Err(error) => {
+                    let problem = Problem::from(error);
+                    for command in part {
+                        let _ = command.reply.send(Err(problem.clone()));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn write_part(&self, part: &[Command]) -> Result<Vec<Result<Written, Problem>>, DbError> {
+        let connection = self.db.pool.get().await?;
+        let creates = matches!(part.first().map(|command| &command.work), Some(Work::Create(_)));
+        for _ in 0..CONTENTION_RETRIES {
+            let result =
+                if creates { self.create(&connection, part).await } else { self.change(&connection, part).await };
+            match result {
+                Err(error) if error.fault() == Fault::Contention => {
+                    metrics::counter!("orderstream_write_contention_total").increment(1);
+                }
+                result => return result,
+            }
+        }
+        Ok(part.iter().map(|_| Err(Problem::Unavailable("too many changes at once to the same orders"))).collect())
+    }
+
+    async fn create(
+        &self,
+        connection: &Connection,
+        part: &[Command],
+    ) -> Result<Vec<Result<Written, Problem>>, DbError> {
+        let deadline = self.db.settings.write_timeout;
+        let rows: Vec<&NewRow> = part
+            .iter()
+            .filter_map(|command| if let Work::Create(row) = &command.work { Some(&**row) } else { None })
+            .collect();
+        let began = Instant::now();
+        let stored = connection.within(deadline, insert::insert_orders(connection, &rows, &self.topic)).await?;
+        self.publish(rows.iter().filter(|row| stored.contains(&row.order_id)).copied(), began);
+        let mut results = Vec::with_capacity(rows.len());
+        for row in rows {
+            results.push(if stored.contains(&row.order_id) {
+                Ok(written(row))
+            } else {
+                // Its neighbours are stored: what goes wrong from here on is this one's alone.
+                connection.within(deadline, self.create_again(connection, row)).await.unwrap_or_else(|e| Err(e.into()))
+            });
+        }
+        Ok(results)
+    }
+
+    /// An order whose external id was taken: by the same order, another one, or a deleted one.
+    async fn create_again(&self, connection: &Connection, row: &NewRow) -> Result<Result<Written, Problem>, DbError> {
+        let external_id = row.external_id.as_deref().unwrap_or_default();
+        // Twice at most: after a deleted order's id was taken by somebody quicker, that one has it.
+        for _ in 0..2 {
+            let Some(found) = read::reference(connection, &row.user_id, external_id).await? else { break };
+            if !found.deleted {
+                return Ok(if found.fingerprint == row.fingerprint.0.to_be_bytes() {
+                    Ok(Written::Before { order_id: found.order_id, correlation_id: found.correlation_id })
+                } else {
+                    Err(Problem::ExternalIdTaken { order_id: found.order_id })
+                });
+            }
+            let began = Instant::now();
+            if insert::insert_in_place_of_deleted(connection, row, &self.topic).await? {
+                self.publish(std::iter::once(row), began);
+                return Ok(Ok(written(row)));
+            }
+        }
+        Ok(Err(Problem::Unavailable("this external id is being taken by others")))
+    }
+
+    fn publish<'a>(&self, rows: impl Iterator<Item = &'a NewRow>, began: Instant) {
+        self.outbox.publish(rows.map(|row| row.event.clone()).collect(), began);
+    }
+
+    async fn change(
+        &self,
+        connection: &Connection,
+        part: &[Command],
+    ) -> Result<Vec<Result<Written, Problem>>, DbError> {
+        let targets = part.iter().map(|command| match &command.work {
+            Work::Update(change) => change.target.order_id,
+            Work::Delete(target) => target.order_id,
+            Work::Create(row) => row.order_id,
+        });
+        let ids: Vec<Uuid> = targets.collect();
+        let work = async {
+            let locked = store_change::lock_orders(connection, &ids).await?;
+            // After the locks: what happened before us has an earlier time than we.
+            let (at, began) = (now(), Instant::now());
+            let mut locked: HashMap<_, _> = locked.into_iter().map(|order| (order.order_id, order)).collect();
+            let mut rows = Vec::with_capacity(part.len());
+            let mut results = Vec::with_capacity(part.len());
+            for (command, order_id) in part.iter().zip(&ids) {
+                let decided = match locked.remove(order_id) {
+                    Some(order) => change::decide(order, &command.work, &command.origin, at, &self.topic),
+                    None => Err(Problem::UnknownOrder),
+                };
+                results.push(decided.map(|Decided { row, written }| {
+                    rows.push(row);
+                    written
+                }));
+            }
+            if !rows.is_empty() {
+                store_change::write_changes(connection, &rows, at, &self.topic).await?;
+            }
+            Ok((rows, results, began))
+        };
+        let (rows, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
+        self.outbox.publish(rows.into_iter().filter_map(|row| row.event).collect(), began);
+        Ok(results)
+    }
+}
+
+fn written(row: &NewRow) -> Written {
+    Written::Now {
+        order_id: row.order_id,
+        state: Box::new(change::State {
+            status: row.status.to_owned(),
+            version: 1,
+            amount: row.amount.and_then(|amount| amount.try_into().ok()),
+            currency: row.currency.clone(),
+        }),
+    }
+}
