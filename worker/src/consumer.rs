@@ -1,0 +1,305 @@
+//! Reads `orders.events`: a batch of what is there, handled, answered, and only then marked as
+//! read. A database that is away stops the reading; a record that the database refuses stops its
+//! partition. Nothing is skipped.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use futures_util::FutureExt as _;
+use rdkafka::{
+    Message as _, Offset, TopicPartitionList,
+    consumer::{CommitMode, Consumer as _, StreamConsumer},
+    message::BorrowedMessage,
+    producer::DeliveryFuture,
+};
+use shared::{
+    backoff::Backoff,
+    db::{Db, DbError, Fault},
+    kafka::{Context, Producer, client_config},
+    settings::KafkaSettings,
+};
+use tokio::{sync::mpsc, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    batch::{Reply, handle_batch},
+    record::Record,
+};
+
+/// Most records in one batch: a transaction of some milliseconds.
+const BATCH: usize = 512;
+/// Batches whose answers are on their way to the broker.
+const UNSETTLED: usize = 64;
+/// For moving a partition back to a record.
+const SEEK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often stopped partitions are looked after while nothing else arrives.
+const TICK: Duration = Duration::from_millis(100);
+
+type PartitionId = (String, i32);
+
+/// A partition that waits for one of its records to become possible.
+struct Stopped {
+    offset: i64,
+    retry_at: Instant,
+    backoff: Backoff,
+    /// Reading goes on at `offset`; what was already on its way from behind it is dropped.
+    resumed: bool,
+}
+
+/// What may be marked as read once these answers are delivered.
+struct Settled {
+    offsets: Vec<(PartitionId, i64)>,
+    answers: Vec<DeliveryFuture>,
+}
+
+pub(crate) struct Worker {
+    db: Db,
+    producer: Producer,
+    consumer: Arc<StreamConsumer<Context>>,
+    stopped: HashMap<PartitionId, Stopped>,
+    settled: mpsc::Sender<Settled>,
+}
+
+/// Reads until `stop`; then finishes its batch, delivers its answers, and leaves the group.
+///
+/// # Errors
+/// When the settings for Kafka make no sense, or a part of this died.
+pub(crate) async fn run(
+    db: Db,
+    producer: Producer,
+    settings: &KafkaSettings,
+    group: &str,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let consumer = Arc::new(consumer(settings, group)?);
+    consumer.subscribe(&[&settings.orders_events_topic]).context("subscribing")?;
+    let (settled, queue) = mpsc::channel(UNSETTLED);
+    let settler = tokio::spawn(settle(consumer.clone(), producer.clone(), queue));
+    let mut worker = Worker { db, producer, consumer: consumer.clone(), stopped: HashMap::new(), settled };
+    while !stop.is_cancelled() {
+        let Some(batch) = stop.run_until_cancelled(worker.next_batch()).await else { break };
+        metrics::histogram!("orderstream_worker_batch_size").record(batch.len() as f64);
+        worker.handle(batch, &stop).await?;
+    }
+    drop(worker);
+    settler.await.context("marking records as read")?;
+    // Blocks for as long as the broker takes to hear it: the others have our partitions at once.
+    let leaving = tokio::task::spawn_blocking(move || {
+        if let Err(error) = consumer.commit_consumer_state(CommitMode::Sync) {
+            tracing::debug!(%error, "committing offsets at the end");
+        }
+        drop(consumer);
+    });
+    leaving.await.context("leaving the group")
+}
+
+fn consumer(settings: &KafkaSettings, group: &str) -> anyhow::Result<StreamConsumer<Context>> {
+    client_config(
+        settings,
+        &[
+            ("group.id", group),
+            ("partition.assignment.strategy", "cooperative-sticky"),
+            // A killed worker's partitions are served by others after this time. The broker's own
+            // lower limit (group.min.session.timeout.ms) is 6 s.
+            ("session.timeout.ms", "6000"),
+            ("heartbeat.interval.ms", "2000"),
+            ("enable.auto.offset.store", "false"),
+            ("auto.commit.interval.ms", "1000"),
+            // A new group begins with what was accepted before it existed.
+            ("auto.offset.reset", "earliest"),
+            ("fetch.wait.max.ms", "500"),
+            // Bounds what is read ahead, here and below; a low limit needs a low pause with it.
+            ("queued.min.messages", "5000"),
+            ("queued.max.messages.kbytes", "16384"),
+            ("fetch.queue.backoff.ms", "5"),
+            ("topic.metadata.refresh.interval.ms", "30000"),
+            ("statistics.interval.ms", "5000"),
+        ],
+    )
+    .create_with_context(Context::default())
+    .context("KAFKA_CONFIG")
+}
+
+impl Worker {
+    /// What is there, at least one record.
+    async fn next_batch(&mut self) -> Vec<Record> {
+        let consumer = self.consumer.clone();
+        let mut batch = Vec::new();
+        while batch.is_empty() {
+            self.resume_due();
+            let received = if self.stopped.is_empty() {
+                consumer.recv().await
+            } else {
+                match tokio::time::timeout(TICK, consumer.recv()).await {
+                    Ok(received) => received,
+                    Err(_) => continue,
+                }
+            };
+            let mut next = Some(received);
+            while let Some(received) = next {
+                match received {
+                    Ok(message) => batch.extend(self.wanted(&message).then(|| Record::of(&message))),
+                    // librdkafka mends what can be mended; the log has it.
+                    Err(error) => tracing::debug!(%error, "reading"),
+                }
+                next = if batch.len() < BATCH { consumer.recv().now_or_never() } else { None };
+            }
+        }
+        batch
+    }
+
+    /// Records of a stopped partition come again, in their order.
+    fn wanted(&mut self, message: &BorrowedMessage<'_>) -> bool {
+        let Some(stopped) = self.stopped.get(&(message.topic().to_owned(), message.partition())) else { return true };
+        stopped.resumed && message.offset() <= stopped.offset
+    }
+
+    async fn handle(&mut self, batch: Vec<Record>, stop: &CancellationToken) -> anyhow::Result<()> {
+        let mut backoff = Backoff::RECONNECT;
+        let mut parts = vec![batch];
+        while let Some(mut part) = parts.pop() {
+            part.retain(|record| match self.stopped.get(&id(record)) {
+                Some(stopped) => stopped.resumed && record.offset <= stopped.offset,
+                None => true,
+            });
+            if part.is_empty() {
+                continue;
+            }
+            match handle_batch(&self.db, &part).await {
+                Ok(replies) => {
+                    backoff.reset();
+                    self.settle(&part, replies).await?;
+                }
+                Err(error) if error.fault() == Fault::Data && part.len() > 1 => {
+                    let second = part.split_off(part.len() / 2);
+                    parts.extend([second, part]);
+                }
+                Err(error) if error.fault() == Fault::Data => self.stop_partition(&part[0], error),
+                // Nobody's message is at fault: the same again, for as long as it takes.
+                Err(error) => {
+                    let delay = backoff.delay();
+                    let error = anyhow::Error::from(error);
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        records = part.len(),
+                        ?delay,
+                        "waiting for the database"
+                    );
+                    metrics::counter!("orderstream_worker_waits_total").increment(1);
+                    parts.push(part);
+                    if stop.run_until_cancelled(tokio::time::sleep(delay)).await.is_none() {
+                        return Ok(()); // not marked as read: somebody else has them now
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the answers; when they are delivered the records are marked as read.
+    async fn settle(&mut self, part: &[Record], replies: Vec<Reply>) -> anyhow::Result<()> {
+        let mut answers = Vec::with_capacity(replies.len());
+        for reply in replies {
+            let Reply { to, key, headers, body } = reply;
+            match self.producer.send(&to.topic, Some(to.partition), &key, &headers, &body) {
+                Ok(delivery) => answers.push(delivery),
+                // Whoever waits looks into the database when its time is up.
+                Err(error) => not_answered(&error),
+            }
+        }
+        let mut last = HashMap::new();
+        for record in part {
+            last.insert(id(record), record.offset);
+            if self.stopped.remove(&id(record)).is_some() {
+                tracing::info!(
+                    kafka.partition = record.partition,
+                    kafka.offset = record.offset,
+                    "the partition goes on"
+                );
+                metrics::gauge!("orderstream_partitions_stopped").set(self.stopped.len() as f64);
+            }
+        }
+        let offsets = last.into_iter().collect();
+        self.settled.send(Settled { offsets, answers }).await.context("the task that marks records as read died")
+    }
+
+    fn stop_partition(&mut self, record: &Record, error: DbError) {
+        let error = anyhow::Error::from(error);
+        let partition = id(record);
+        let mut backoff = self.stopped.remove(&partition).map_or(Backoff::RECONNECT, |stopped| stopped.backoff);
+        let delay = backoff.delay();
+        tracing::error!(
+            kafka.topic = record.topic,
+            kafka.partition = record.partition,
+            kafka.offset = record.offset,
+            error = format!("{error:#}"),
+            ?delay,
+            "a record cannot be handled; its partition waits"
+        );
+        if let Err(error) = self.consumer.pause(&list(&partition)) {
+            tracing::debug!(%error, "pausing");
+        }
+        let retry_at = Instant::now() + delay;
+        self.stopped.insert(partition, Stopped { offset: record.offset, retry_at, backoff, resumed: false });
+        metrics::gauge!("orderstream_partitions_stopped").set(self.stopped.len() as f64);
+        metrics::counter!("orderstream_partition_stops_total").increment(1);
+    }
+
+    fn resume_due(&mut self) {
+        let now = Instant::now();
+        let consumer = &self.consumer;
+        self.stopped.retain(|partition, stopped| {
+            if stopped.resumed || stopped.retry_at > now {
+                return true;
+            }
+            let (topic, number) = partition;
+            // Asks the broker nothing, but may wait for librdkafka's own thread.
+            let sought = tokio::task::block_in_place(|| {
+                consumer.seek(topic, *number, Offset::Offset(stopped.offset), SEEK_TIMEOUT)
+            });
+            if let Err(error) = consumer.resume(&list(partition)) {
+                tracing::debug!(%error, "resuming");
+            }
+            stopped.resumed = true;
+            if let Err(error) = &sought {
+                // Another worker has the partition now, and meets the record itself.
+                tracing::info!(%error, kafka.partition = number, "a stopped partition has left us");
+            }
+            sought.is_ok()
+        });
+        metrics::gauge!("orderstream_partitions_stopped").set(self.stopped.len() as f64);
+    }
+}
+
+/// Marks records as read, batch by batch, once their answers are with the broker.
+async fn settle(consumer: Arc<StreamConsumer<Context>>, producer: Producer, mut queue: mpsc::Receiver<Settled>) {
+    while let Some(Settled { offsets, answers }) = queue.recv().await {
+        for answer in answers {
+            match producer.delivered(answer).await {
+                Ok(()) => metrics::counter!("orderstream_acks_sent_total").increment(1),
+                Err(error) => not_answered(&error),
+            }
+        }
+        for ((topic, partition), offset) in offsets {
+            if let Err(error) = consumer.store_offset(&topic, partition, offset) {
+                // The partition has left us: whoever has it handles the record again, to no effect.
+                tracing::debug!(%error, kafka.partition = partition, "marking as read");
+            }
+        }
+    }
+}
+
+fn not_answered(error: &rdkafka::error::KafkaError) {
+    metrics::counter!("orderstream_acks_unsent_total").increment(1);
+    tracing::warn!(%error, "an answer was not sent; who waits for it finds it in the history");
+}
+
+fn id(record: &Record) -> PartitionId {
+    (record.topic.clone(), record.partition)
+}
+
+fn list(partition: &PartitionId) -> TopicPartitionList {
+    let mut list = TopicPartitionList::new();
+    list.add_partition(&partition.0, partition.1);
+    list
+}

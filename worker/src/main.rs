@@ -1,0 +1,33 @@
+//! Reads the settings and runs.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use shared::{
+    settings::{self, Listen},
+    shutdown, telemetry,
+};
+use worker::config::{Cli, Config};
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli: Cli = settings::parse();
+    match work(cli.config).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn work(config: Config) -> anyhow::Result<()> {
+    telemetry::log(&config.kafka.service)?;
+    let metrics = telemetry::metrics()?;
+    let shutdown = shutdown::requested().context("listening for signals")?;
+    let listener = match config.worker.worker_port {
+        Listen::Off => None,
+        Listen::At(address) => Some(shared::server::bind("WORKER_PORT", address).await?),
+    };
+    worker::run(config, listener, metrics, shutdown).await
+}

@@ -1,0 +1,50 @@
+//! A record of `orders.events` as it came: who it is for, or why it cannot be read.
+
+use rdkafka::{Message as _, message::BorrowedMessage};
+use shared::{
+    message::{Event, Headers},
+    order,
+};
+
+/// A record, taken out of librdkafka's memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Record {
+    pub topic: String,
+    pub partition: i32,
+    pub offset: i64,
+    /// Milliseconds; tells the record from one at the same place of a topic that was made anew.
+    pub timestamp: i64,
+    pub key: Option<Vec<u8>>,
+    pub headers: Headers,
+    pub body: Option<Vec<u8>>,
+}
+
+impl Record {
+    pub(crate) fn of(message: &BorrowedMessage<'_>) -> Self {
+        Self {
+            topic: message.topic().to_owned(),
+            partition: message.partition(),
+            offset: message.offset(),
+            timestamp: message.timestamp().to_millis().unwrap_or(-1),
+            key: message.key().map(<[u8]>::to_vec),
+            headers: Headers::of_record(message.headers()),
+            body: message.payload().map(<[u8]>::to_vec),
+        }
+    }
+
+    /// The event in it.
+    pub(crate) fn event(&self) -> Result<Event<'_>, String> {
+        let body = self.body.as_deref().ok_or("the record has no body")?;
+        let event: Event<'_> = serde_json::from_slice(body).map_err(|error| format!("not an event: {error}"))?;
+        if event.version < 1 {
+            return Err(format!("not an event: version {} is none", event.version));
+        }
+        // PostgreSQL's text cannot hold it; the rest of an event is not written as text.
+        if [&event.lifecycle, &event.status].iter().any(|text| text.contains('\0'))
+            || event.currency.as_deref().is_some_and(|currency| order::currency(currency).is_err())
+        {
+            return Err("not an event: a lifecycle, status or currency that is none".to_owned());
+        }
+        Ok(event)
+    }
+}
