@@ -19,8 +19,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-/// A client that does not finish its headers in this time is let go.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection on which no whole request arrives in this time is closed: as long as nginx keeps an
+/// idle one, since a client's pool may use it at that very moment.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// When the process has no file descriptors left, accepting fails at once, again and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -40,7 +41,7 @@ pub struct Stop {
 /// is up.
 pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
     let mut server = http1::Builder::new();
-    server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    server.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
     let connections = GracefulShutdown::new();
     let leaving = stop.leaving.clone();
     let serve_one = |stream: TcpStream| {

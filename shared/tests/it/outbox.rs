@@ -1,0 +1,229 @@
+//! The outbox from the inside: each way in which the messages of one order could change places or
+//! be sent twice, provoked.
+
+use std::{ffi::OsString, sync::Arc, time::Duration};
+
+use clap::Parser;
+use serde_json::{Value, json};
+use shared::{
+    db::{self, Db},
+    kafka::{Producer, ensure_topics},
+    message::{Headers, Message},
+    outbox::Outbox,
+    settings::{DbSettings, KafkaSettings, parse_from},
+};
+use test_support::{PrivateKafka, TestDb, TestKafka, alone, beside_others, eventually, wait_for};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+#[derive(Parser)]
+struct Settings {
+    #[command(flatten)]
+    db: DbSettings,
+    #[command(flatten)]
+    kafka: KafkaSettings,
+}
+
+/// An outbox as a binary has it.
+struct Fixture {
+    db: TestDb,
+    kafka: TestKafka,
+    outbox: Outbox,
+}
+
+/// Long ago for the outbox: the sweeper may have sent what was written then.
+const STALE: Duration = Duration::from_secs(3600);
+
+impl Fixture {
+    async fn new() -> Self {
+        Self::on(TestKafka::new()).await
+    }
+
+    async fn on(kafka: TestKafka) -> Self {
+        let db = TestDb::new().await;
+        let outbox = Self::outbox(&db, &kafka).await;
+        Self { db, kafka, outbox }
+    }
+
+    async fn outbox(test_db: &TestDb, kafka: &TestKafka) -> Outbox {
+        let flags = [
+            format!("--postgres-dsn={}", test_db.dsn()),
+            format!("--kafka-brokers={}", kafka.brokers()),
+            format!("--orders-events-topic={}", kafka.topics().events),
+            "--outbox-grace-ms=7000".to_owned(),
+        ];
+        let args = std::iter::once("test".to_owned()).chain(flags).map(OsString::from);
+        let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
+        let pool_settings = Arc::new(settings.db.pool());
+        let pool = db::pool(&settings.db.postgres_dsn, "test", &pool_settings).unwrap();
+        db::migrate(&pool).await.unwrap();
+        ensure_topics(&settings.kafka, &[&settings.kafka.orders_events_topic]).await.unwrap();
+        let producer = Producer::new(&settings.kafka).unwrap();
+        let db = Db { pool, settings: pool_settings };
+        let (outbox, deleter) = Outbox::new(db, producer, settings.kafka.outbox_grace());
+        tokio::spawn(deleter);
+        outbox
+    }
+
+    fn message(&self, order_id: Uuid, version: i64) -> Message {
+        Message {
+            order_id,
+            version,
+            seq: 0,
+            topic: self.kafka.topics().events.clone(),
+            key: order_id.to_string(),
+            headers: Headers::default(),
+            body: json!({ "order_id": order_id, "version": version }).to_string(),
+        }
+    }
+
+    /// As the transaction of a change leaves it.
+    async fn store(&self, message: &Message, age: Duration) {
+        let sql = "insert into outbox (order_id, version, topic, key, headers, body, created_at)
+            values ($1, $2, $3, $4, '[]', $5, clock_timestamp() - make_interval(secs => $6))";
+        let Message { order_id, version, topic, key, body, .. } = message;
+        self.db.client().execute(sql, &[order_id, version, topic, key, body, &age.as_secs_f64()]).await.unwrap();
+    }
+
+    /// The versions of an order on the topic, in its order.
+    async fn sent(&self, order_id: Uuid) -> Vec<i64> {
+        let all = self.kafka.read(&self.kafka.topics().events).await;
+        let of_order = all.iter().map(|message| message.json()).filter(|body| body["order_id"] == json!(order_id));
+        of_order.filter_map(|body: Value| body["version"].as_i64()).collect()
+    }
+
+    async fn becomes(&self, order_id: Uuid, versions: &[i64]) {
+        eventually("the messages on the topic, and none left", || async {
+            let (sent, left) = (self.sent(order_id).await, self.left().await);
+            if sent == versions && left == 0 { Ok(()) } else { Err(format!("sent {sent:?}, {left} left")) }
+        })
+        .await;
+    }
+
+    async fn left(&self) -> i64 {
+        self.db.number("select count(*) from outbox", &[]).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writers_that_commit_in_another_order_than_they_publish_change_nothing() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let order_id = Uuid::now_v7();
+    let messages: Vec<_> = (1..=5).map(|version| fixture.message(order_id, version)).collect();
+    for message in &messages {
+        fixture.store(message, Duration::ZERO).await;
+    }
+    for message in messages.iter().rev() {
+        fixture.outbox.publish(vec![message.clone()], Instant::now());
+    }
+    fixture.becomes(order_id, &[1, 2, 3, 4, 5]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_sweeper_may_have_sent_is_not_sent_from_memory() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let (first, later) = (Uuid::now_v7(), Uuid::now_v7());
+    let messages = [fixture.message(first, 1), fixture.message(later, 2)];
+    for message in &messages {
+        fixture.store(message, STALE).await;
+    }
+    // A process that stood still between its commit and this line.
+    fixture.outbox.publish(messages.to_vec(), Instant::now() - Duration::from_secs(3));
+    fixture.outbox.drain(Instant::now() + Duration::from_secs(30)).await;
+    assert_eq!(fixture.left().await, 2, "sent from memory");
+    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 2);
+    fixture.becomes(first, &[1]).await;
+    fixture.becomes(later, &[2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_given_up_in_memory_is_sent_once_by_the_sweeper() {
+    let _turn = alone().await;
+    let mut broker = PrivateKafka::start().await;
+    let fixture = Fixture::on(broker.client()).await;
+    let warm = fixture.message(Uuid::now_v7(), 1);
+    fixture.store(&warm, Duration::ZERO).await;
+    fixture.outbox.publish(vec![warm.clone()], Instant::now());
+    fixture.becomes(warm.order_id, &[1]).await;
+
+    broker.stop().await;
+    let order_id = Uuid::now_v7();
+    let message = fixture.message(order_id, 1);
+    fixture.store(&message, Duration::ZERO).await;
+    fixture.outbox.publish(vec![message], Instant::now());
+    // Nothing is on its way from memory any more when the sweeper's time comes.
+    fixture.outbox.drain(Instant::now() + Duration::from_secs(7)).await;
+    broker.start_again().await;
+    wait_for("the sweeper to send it", Duration::from_secs(30), || async {
+        match fixture.outbox.sweep_once().await {
+            Ok(1) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    fixture.becomes(order_id, &[1]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sweeper_sends_an_orders_messages_one_after_the_other_however_old_they_look() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let order_id = Uuid::now_v7();
+    // The later transaction began earlier, and waited for the order's lock.
+    for (version, age) in [(3, STALE * 3), (2, STALE * 2), (1, STALE)] {
+        fixture.store(&fixture.message(order_id, version), age).await;
+    }
+    for version in 1..=3 {
+        assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
+        assert_eq!(fixture.sent(order_id).await.last(), Some(&version));
+    }
+    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 0);
+    fixture.becomes(order_id, &[1, 2, 3]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fresh_message_holds_back_an_old_one_behind_it() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let order_id = Uuid::now_v7();
+    fixture.store(&fixture.message(order_id, 1), Duration::ZERO).await;
+    fixture.store(&fixture.message(order_id, 2), STALE).await;
+    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 0, "version 2 overtook version 1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_sweepers_send_each_message_once() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let orders: Vec<_> = (0..500).map(|_| Uuid::now_v7()).collect();
+    for order_id in &orders {
+        fixture.store(&fixture.message(*order_id, 1), STALE).await;
+    }
+    let mut sweepers = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        let outbox = fixture.outbox.clone();
+        sweepers.spawn(async move { outbox.sweep_once().await.unwrap_or(0) });
+    }
+    let sent: usize = sweepers.join_all().await.into_iter().sum();
+    assert_eq!(sent, orders.len());
+    assert_eq!(fixture.kafka.read(&fixture.kafka.topics().events).await.len(), orders.len());
+    assert_eq!(fixture.left().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_the_broker_refuses_for_good_is_parked_and_lets_the_next_one_pass() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let order_id = Uuid::now_v7();
+    let mut huge = fixture.message(order_id, 1);
+    huge.body = "x".repeat(2_000_000);
+    fixture.store(&huge, STALE).await;
+    fixture.store(&fixture.message(order_id, 2), STALE).await;
+    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
+    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
+    fixture.becomes(order_id, &[2]).await;
+    let parked = "select state || ' ' || (reason like '%too large%') || ' ' || octet_length(body) from parked_messages";
+    assert_eq!(fixture.db.lines(parked, &[]).await, ["dead true 2000000"]);
+}
