@@ -7,9 +7,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use futures_util::FutureExt as _;
 use rdkafka::{
-    Message as _, Offset, TopicPartitionList,
+    Offset, TopicPartitionList,
     consumer::{CommitMode, Consumer as _, StreamConsumer},
-    message::BorrowedMessage,
     producer::DeliveryFuture,
 };
 use shared::{
@@ -42,7 +41,7 @@ struct Stopped {
     offset: i64,
     retry_at: Instant,
     backoff: Backoff,
-    /// Reading goes on at `offset`; what was already on its way from behind it is dropped.
+    /// Being read again from `offset` on; removed when that is handled.
     resumed: bool,
 }
 
@@ -138,7 +137,7 @@ impl Worker {
             let mut next = Some(received);
             while let Some(received) = next {
                 match received {
-                    Ok(message) => batch.extend(self.wanted(&message).then(|| Record::of(&message))),
+                    Ok(message) => batch.push(Record::of(&message)),
                     // librdkafka mends what can be mended; the log has it.
                     Err(error) => tracing::debug!(%error, "reading"),
                 }
@@ -148,20 +147,17 @@ impl Worker {
         batch
     }
 
-    /// Records of a stopped partition come again, in their order.
-    fn wanted(&mut self, message: &BorrowedMessage<'_>) -> bool {
-        let Some(stopped) = self.stopped.get(&(message.topic().to_owned(), message.partition())) else { return true };
-        stopped.resumed && message.offset() <= stopped.offset
+    /// Records of a stopped partition come again, in their order: what of it is still here does
+    /// not count.
+    fn is_stopped(&self, partition: &PartitionId) -> bool {
+        self.stopped.get(partition).is_some_and(|stopped| !stopped.resumed)
     }
 
     async fn handle(&mut self, batch: Vec<Record>, stop: &CancellationToken) -> anyhow::Result<()> {
         let mut backoff = Backoff::RECONNECT;
         let mut parts = vec![batch];
         while let Some(mut part) = parts.pop() {
-            part.retain(|record| match self.stopped.get(&id(record)) {
-                Some(stopped) => stopped.resumed && record.offset <= stopped.offset,
-                None => true,
-            });
+            part.retain(|record| !self.is_stopped(&id(record)));
             if part.is_empty() {
                 continue;
             }
@@ -246,6 +242,9 @@ impl Worker {
     }
 
     fn resume_due(&mut self) {
+        if self.stopped.is_empty() {
+            return;
+        }
         let now = Instant::now();
         let consumer = &self.consumer;
         self.stopped.retain(|partition, stopped| {
@@ -253,13 +252,14 @@ impl Worker {
                 return true;
             }
             let (topic, number) = partition;
-            // Asks the broker nothing, but may wait for librdkafka's own thread.
-            let sought = tokio::task::block_in_place(|| {
-                consumer.seek(topic, *number, Offset::Offset(stopped.offset), SEEK_TIMEOUT)
-            });
             if let Err(error) = consumer.resume(&list(partition)) {
                 tracing::debug!(%error, "resuming");
             }
+            // Last, so that nothing that librdkafka had read before comes after it. Asks the
+            // broker nothing, but may wait for librdkafka's own thread.
+            let sought = tokio::task::block_in_place(|| {
+                consumer.seek(topic, *number, Offset::Offset(stopped.offset), SEEK_TIMEOUT)
+            });
             stopped.resumed = true;
             if let Err(error) = &sought {
                 // Another worker has the partition now, and meets the record itself.

@@ -43,13 +43,12 @@ pub(crate) async fn move_unchanged(
                 updated_at = greatest($11::timestamptz, o.updated_at)
             from i
             where o.order_id = i.order_id and o.version = i.version - 1 and o.status = i.from_status
-            returning o.order_id
+            returning o.order_id, i.version, i.cause, i.type, i.from_status, i.status, i.correlation_id, i.answer
         ), told as (
             insert into order_events
                 (order_id, version, cause, type, from_status, to_status, correlation_id, answer, at)
-            select i.order_id, i.version, i.cause, i.type, i.from_status, i.status, i.correlation_id, i.answer::json,
-                $11::timestamptz
-            from i where i.order_id in (select order_id from moved)
+            select order_id, version, cause, type, from_status, status, correlation_id, answer::json, $11::timestamptz
+            from moved
         )
         select order_id from moved";
     let statement = connection.prepared(SQL).await?;

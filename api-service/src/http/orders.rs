@@ -7,6 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use futures_util::StreamExt as _;
+use hyper::body::Body as _;
 use serde::Serialize;
 use shared::{
     message::{Headers, TRACE_HEADERS},
@@ -36,7 +37,7 @@ pub(super) async fn submit(State(app): State<App>, request: Request) -> Result<R
     let arrived = Instant::now();
     let (parts, body) = request.into_parts();
     check_content_type(&parts.headers)?;
-    let body = read_body(body, app.max_body_bytes).await?;
+    let body = read_body(&parts.headers, body, app.max_body_bytes).await?;
     let upsert = request::parse(&body, user(&parts.headers)?, &app.defaults)?;
     let preference = preference(&parts.headers, app.limits);
     let deadline = preference.wait.map(|wait| arrived + wait);
@@ -58,13 +59,22 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-async fn read_body(body: Body, limit: usize) -> Result<Bytes, Problem> {
+async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Problem> {
+    let declared = body.size_hint().lower();
+    let too_large = declared > limit as u64;
+    // Who asks before sending is spared the upload; so are we, where it is beyond all measure.
+    if too_large && (headers.contains_key(header::EXPECT) || declared > DRAIN_LIMIT as u64) {
+        return Err(Problem::TooLarge { limit });
+    }
     let read = async {
         let mut stream = body.into_data_stream();
         let mut whole: Vec<u8> = Vec::new();
         let mut size = 0_usize;
         while let Some(chunk) = stream.next().await {
-            let chunk = chunk.map_err(|error| Problem::Malformed(format!("the body broke off: {error}")))?;
+            let chunk = chunk.map_err(|error| match too_large {
+                true => Problem::TooLarge { limit },
+                false => Problem::Malformed(format!("the body broke off: {error}")),
+            })?;
             size += chunk.len();
             if size > DRAIN_LIMIT {
                 break;
