@@ -136,7 +136,7 @@ pub async fn run(
 /// When the DSN makes no sense.
 pub fn open(config: &Config) -> anyhow::Result<Db> {
     let settings = Arc::new(config.db.pool());
-    Ok(Db { pool: db::pool(&config.db.postgres_dsn, "api-service", &settings)?, settings })
+    Ok(Db { pool: db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?, settings })
 }
 
 async fn keep_migrated(db: Db, migrated: CancellationToken, stop: CancellationToken) -> anyhow::Result<()> {

@@ -96,7 +96,7 @@ pub fn client_config(settings: &KafkaSettings, own: &[(&str, &str)]) -> ClientCo
     let mut config = ClientConfig::new();
     config
         .set("bootstrap.servers", &settings.kafka_brokers)
-        .set("client.id", "orderstream")
+        .set("client.id", &settings.service.service_name)
         // Quick to notice that a broker is back; the default waits up to 10 s.
         .set("reconnect.backoff.ms", "100")
         .set("reconnect.backoff.max.ms", "1000")

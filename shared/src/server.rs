@@ -16,12 +16,14 @@ use tokio::{
     net::{TcpListener, TcpStream},
     time::{Instant, timeout_at},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
 /// A connection on which no whole request arrives in this time is closed: as long as nginx keeps an
 /// idle one, since a client's pool may use it at that very moment.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// How long an open connection may still bring a request after the listener is closed.
+const LINGER: Duration = Duration::from_millis(500);
 /// When the process has no file descriptors left, accepting fails at once, again and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -42,7 +44,7 @@ pub struct Stop {
 pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
-    let connections = GracefulShutdown::new();
+    let (connections, tasks) = (GracefulShutdown::new(), TaskTracker::new());
     let leaving = stop.leaving.clone();
     let serve_one = |stream: TcpStream| {
         // An answer is one small packet; it must not wait for the next.
@@ -51,7 +53,7 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
         }
         let (app, server, leaving) = (app.clone(), server.clone(), leaving.clone());
         let watcher = connections.watcher();
-        tokio::spawn(async move {
+        tasks.spawn(async move {
             let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
                 let (app, leaving) = (app.clone(), leaving.clone());
                 async move {
@@ -90,8 +92,14 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
         serve_one(stream);
     }
     drop(listener);
-    let rest = stop.timeout.saturating_sub(stop.grace);
-    if timeout_at(Instant::now() + rest, connections.shutdown()).await.is_err() {
+    let deadline = Instant::now() + stop.timeout.saturating_sub(stop.grace);
+    // A connection may have a request on the way that we have not seen yet; to close it now would
+    // leave that unanswered. Busy ones end by themselves with their next answer.
+    tasks.close();
+    if timeout_at(deadline.min(Instant::now() + LINGER), tasks.wait()).await.is_ok() {
+        return;
+    }
+    if timeout_at(deadline, connections.shutdown()).await.is_err() {
         tracing::warn!(server = name, "not all connections ended in time");
     }
 }

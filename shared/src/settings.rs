@@ -114,9 +114,9 @@ pub struct ServiceSettings {
     /// development or production; production warns of settings that may lose data
     #[arg(long, env = "ENVIRONMENT", value_name = "ENVIRONMENT", default_value = "development")]
     pub environment: String,
-    /// Name in logs [default: the binary's]
-    #[arg(long, env = "SERVICE_NAME", value_name = "SERVICE_NAME")]
-    pub service_name: Option<String>,
+    /// Name under which PostgreSQL (application_name) and Kafka (client.id) see us
+    #[arg(long, env = "SERVICE_NAME", value_name = "SERVICE_NAME", default_value = "orderstream")]
+    pub service_name: String,
     /// text or json
     #[arg(long, env = "LOG_FORMAT", value_name = "LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,

@@ -42,7 +42,7 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let settings = Arc::new(config.db.pool());
-    let db = Db { pool: db::pool(&config.db.postgres_dsn, "worker", &settings)?, settings };
+    let db = Db { pool: db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?, settings };
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
     let [started, leaving, stop] = std::array::from_fn(|_| CancellationToken::new());
