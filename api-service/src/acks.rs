@@ -57,9 +57,7 @@ pub(crate) async fn listen(settings: KafkaSettings, producer: Producer, address:
     let instance = Uuid::now_v7();
     let mut backoff = Backoff::RECONNECT;
     loop {
-        let error = match listen_once(&settings, &producer, &address, &waiters, instance, &mut backoff).await {
-            Err(error) => error,
-        };
+        let Err(error) = listen_once(&settings, &producer, &address, &waiters, instance, &mut backoff).await;
         // Until the new position is known, an answer could pass us by.
         address.partition.send_replace(None);
         tracing::warn!(

@@ -62,7 +62,8 @@ pub async fn run(
     let writer = Writer::start(&db, &outbox, &config.kafka.orders_events_topic, &mut writers);
     vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
     vital.spawn(serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone()));
-    vital.spawn(look_after_outbox(outbox.clone(), migrated.clone(), stop.clone()));
+    let topic = config.kafka.orders_events_topic.clone();
+    vital.spawn(look_after_outbox(outbox.clone(), topic, migrated.clone(), stop.clone()));
     vital.spawn(wait_for_start(replies.clone(), migrated.clone(), started.clone(), stop.clone()));
     let deleter = tokio::spawn(deleter);
 
@@ -160,11 +161,23 @@ async fn serve_kafka(
 }
 
 /// Sweeps and measures the outbox once there is one.
-async fn look_after_outbox(outbox: Outbox, migrated: CancellationToken, stop: CancellationToken) -> anyhow::Result<()> {
+async fn look_after_outbox(
+    outbox: Outbox,
+    topic: String,
+    migrated: CancellationToken,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let measure = async {
         loop {
             if let Err(error) = outbox.measure().await {
                 log_db("measuring the outbox", error);
+            }
+            // With nothing to send nobody would notice that it is back, and the next caller would
+            // not be parked.
+            if outbox.producer().is_away()
+                && let Err(error) = outbox.producer().partitions(&topic).await
+            {
+                tracing::debug!(error = format!("{error:#}"), "looking for Kafka");
             }
             tokio::time::sleep(MEASURE_INTERVAL).await;
         }

@@ -66,6 +66,16 @@ pub struct Fields {
     pub notes: Option<String>,
 }
 
+impl Fields {
+    /// Bytes of all that was given.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let json = [&self.items, &self.payload].into_iter().flatten().map(|raw| raw.get().len());
+        let texts = [&self.shipping_address, &self.billing_address, &self.notes].into_iter().flatten();
+        json.sum::<usize>() + texts.map(String::len).sum::<usize>()
+    }
+}
+
 /// The currency that goes with the given content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Currency {
@@ -353,7 +363,7 @@ impl Check {
 
     /// Is the order to be deleted?
     fn status(&mut self, body: &Body<'_>) -> bool {
-        match body.get("status").map(|raw| text(raw)) {
+        match body.get("status").map(text) {
             None => false,
             Some(Some(status)) if status == DELETED => true,
             Some(_) => {

@@ -20,7 +20,7 @@ use shared::{
     outbox::Outbox,
 };
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     task::JoinSet,
     time::Instant,
 };
@@ -41,6 +41,8 @@ const WRITERS: usize = 2;
 /// Changes that may wait for each writer: some tenths of a second. Beyond that a client had
 /// better hear at once that we are full.
 const QUEUE: usize = 4_096;
+/// What all that waits may come to, in KiB: thousands of the largest bodies would not fit.
+const QUEUE_KIB: usize = 64 * 1024;
 /// Deadlocks and serialization failures in a row before the caller is told to try again.
 const CONTENTION_RETRIES: usize = 5;
 
@@ -50,6 +52,18 @@ pub(crate) enum Work {
     Create(Box<NewRow>),
     Update(Box<Change>),
     Delete(Target),
+}
+
+impl Work {
+    /// About how much memory it holds, at least 1.
+    fn kib(&self) -> u32 {
+        let bytes = match self {
+            Self::Create(row) => 2 * row.event.body.len(),
+            Self::Update(change) => change.fields.bytes(),
+            Self::Delete(_) => 0,
+        };
+        u32::try_from(bytes / 1024).unwrap_or(u32::MAX).saturating_add(1)
+    }
 }
 
 /// Who asked, and where the worker's answer is awaited.
@@ -76,6 +90,7 @@ struct Command {
     work: Work,
     origin: Origin,
     reply: oneshot::Sender<Result<Written, Problem>>,
+    _room: OwnedSemaphorePermit,
 }
 
 /// A handle to the writers.
@@ -83,6 +98,7 @@ struct Command {
 pub(crate) struct Writer {
     queues: Vec<mpsc::Sender<Command>>,
     next: Arc<AtomicUsize>,
+    room: Arc<Semaphore>,
 }
 
 impl Writer {
@@ -94,20 +110,23 @@ impl Writer {
             tasks.spawn(Task { db, outbox, topic: topic.to_owned(), queue, later: VecDeque::new() }.run());
             sender
         };
-        Self { queues: (0..WRITERS).map(|_| start()).collect(), next: Arc::default() }
+        Self {
+            queues: (0..WRITERS).map(|_| start()).collect(),
+            next: Arc::default(),
+            room: Arc::new(Semaphore::new(QUEUE_KIB)),
+        }
     }
 
     /// Returns once the change is durable.
     pub(crate) async fn write(&self, work: Work, origin: Origin) -> Result<Written, Problem> {
+        const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
+        let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
         let queue = &self.queues[self.lane(&work)];
-        match queue.try_send(Command { work, origin, reply }) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                return Err(Problem::Unavailable("too many requests are waiting to be stored"));
-            }
-            Err(mpsc::error::TrySendError::Closed(_)) => return Err(Problem::Unavailable("shutting down")),
-        }
+        queue.try_send(Command { work, origin, reply, _room: room }).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => FULL,
+            mpsc::error::TrySendError::Closed(_) => Problem::Unavailable("shutting down"),
+        })?;
         written.await.unwrap_or(Err(Problem::Unavailable(
             "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
         )))
