@@ -1,6 +1,6 @@
 //! What becomes of an order: pure, between the locked row and the row that is written.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use serde_json::value::RawValue;
 use shared::{
@@ -280,7 +280,7 @@ fn decided(
     Decided { row, written }
 }
 
-fn message(event: &Event<'_>, origin: &Origin, topic: &str) -> Message {
+fn message(event: &Event<'_>, origin: &Origin, topic: &str) -> Arc<Message> {
     let mut headers = Headers::cloud_event(event.event_id, event.kind.name(), SOURCE, event.timestamp);
     for (name, value) in origin.trace.trace() {
         headers.push(name, value);
@@ -288,7 +288,7 @@ fn message(event: &Event<'_>, origin: &Origin, topic: &str) -> Message {
     if let Some(reply_to) = &origin.reply_to {
         headers.push_reply_to(reply_to);
     }
-    Message {
+    Arc::new(Message {
         order_id: event.order_id,
         version: event.version,
         seq: 0,
@@ -297,5 +297,5 @@ fn message(event: &Event<'_>, origin: &Origin, topic: &str) -> Message {
         headers,
         // Our own types, read from valid JSON: they always serialize.
         body: serde_json::to_string(event).unwrap_or_default(),
-    }
+    })
 }

@@ -30,7 +30,7 @@ use shared::{
 use tokio::{net::TcpListener, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{acks::ReplyAddress, config::Config, http::App, orders::Orders, waiters::Waiters, writer::Writer};
+use crate::{acks::ReplyAddress, config::Config, http::AppState, orders::Orders, waiters::Waiters, writer::Writer};
 
 /// How long the start waits for Kafka before it serves without it.
 const KAFKA_PATIENCE: Duration = Duration::from_secs(10);
@@ -76,15 +76,15 @@ pub async fn run(
         topic: config.kafka.orders_events_topic.clone(),
         hurry: hurry.clone(),
     };
-    let app = App {
+    let app = Arc::new(AppState {
         orders,
-        defaults: Arc::new(config.defaults()?),
+        defaults: config.defaults()?,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,
         metrics,
         started,
         leaving: leaving.clone(),
-    };
+    });
     let service = &config.kafka.service;
     let timeout = Duration::from_millis(service.shutdown_timeout_ms);
     let grace = Duration::from_millis(service.shutdown_grace_ms).min(timeout);

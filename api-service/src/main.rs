@@ -10,6 +10,10 @@ use shared::{
     shutdown, telemetry,
 };
 
+/// A third of the API's time went into the system's allocator; this one takes a fraction of that.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli: Cli = settings::parse();

@@ -22,7 +22,6 @@ use crate::{
 };
 
 /// What the use cases need.
-#[derive(Clone)]
 pub(crate) struct Orders {
     pub db: Db,
     pub writer: Writer,

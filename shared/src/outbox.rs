@@ -84,7 +84,7 @@ impl Outbox {
 
     /// Sends messages whose transaction has committed; returns at once. `written` is when that
     /// transaction began to write.
-    pub fn publish(&self, messages: Vec<Message>, written: Instant) {
+    pub fn publish(&self, messages: Vec<Arc<Message>>, written: Instant) {
         // A first version has no earlier one, and needs no look.
         let (first, later): (Vec<_>, Vec<_>) = messages.into_iter().partition(|message| message.version == 1);
         if !first.is_empty() && self.is_fresh(written) {
@@ -110,7 +110,7 @@ impl Outbox {
 
     /// Sends each message as soon as no earlier one of its order is in the table. Those that wait
     /// too long are the sweeper's.
-    async fn hold_back(&self, mut waiting: Vec<Message>, written: Instant) {
+    async fn hold_back(&self, mut waiting: Vec<Arc<Message>>, written: Instant) {
         while !waiting.is_empty() && self.is_fresh(written) {
             match self.have_earlier(&waiting).await {
                 Ok(held) => {
@@ -135,7 +135,7 @@ impl Outbox {
     }
 
     /// Which of these have an earlier message of their order in the table?
-    async fn have_earlier(&self, messages: &[Message]) -> Result<Vec<(Uuid, i64)>, DbError> {
+    async fn have_earlier(&self, messages: &[Arc<Message>]) -> Result<Vec<(Uuid, i64)>, DbError> {
         const SQL: &str = "
             select i.order_id, i.version
             from unnest($1::uuid[], $2::bigint[]) as i(order_id, version)
@@ -151,7 +151,7 @@ impl Outbox {
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
-    fn send(&self, messages: Vec<Message>) {
+    fn send(&self, messages: Vec<Arc<Message>>) {
         let mut deliveries = Vec::with_capacity(messages.len());
         for message in messages {
             let sent = self.producer.send(&message.topic, None, &message.key, &message.headers, &message.body);
@@ -176,7 +176,7 @@ impl Outbox {
         });
     }
 
-    fn not_sent(&self, message: Message, error: &KafkaError) {
+    fn not_sent(&self, message: Arc<Message>, error: &KafkaError) {
         metrics::counter!("orderstream_outbox_unsent_total").increment(1);
         if is_refused(error) {
             let (db, reason) = (self.db.clone(), error.to_string());

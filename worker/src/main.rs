@@ -9,6 +9,10 @@ use shared::{
 };
 use worker::config::{Cli, Config};
 
+/// As in `api-service`: many small, short-lived allocations on several threads.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli: Cli = settings::parse();

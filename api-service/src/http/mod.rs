@@ -27,11 +27,12 @@ const USER_ID: HeaderName = HeaderName::from_static("x-user-id");
 /// A body that has not arrived by then is not waited for.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What the handlers need.
-#[derive(Clone)]
-pub(crate) struct App {
+/// What the handlers need; cloned for each request, so it is one pointer.
+pub(crate) type App = Arc<AppState>;
+
+pub(crate) struct AppState {
     pub orders: Orders,
-    pub defaults: Arc<Defaults>,
+    pub defaults: Defaults,
     pub limits: WaitLimits,
     pub max_body_bytes: usize,
     pub metrics: PrometheusHandle,

@@ -1,5 +1,7 @@
 //! Changes orders that are there: locks them, and writes what was decided.
 
+use std::sync::Arc;
+
 use rust_decimal::Decimal;
 use serde_json::value::RawValue;
 use shared::{
@@ -41,7 +43,7 @@ pub(crate) struct ChangedRow {
     pub ignored: bool,
     pub correlation_id: Uuid,
     pub event_id: Uuid,
-    pub event: Option<Message>,
+    pub event: Option<Arc<Message>>,
 }
 
 /// Locks these orders, in the order of their ids, so that two who want the same ones take turns.

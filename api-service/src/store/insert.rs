@@ -1,6 +1,6 @@
 //! Writes new orders: many in one statement, which is one round trip and one commit.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc};
 
 use rust_decimal::Decimal;
 use shared::{
@@ -31,7 +31,7 @@ pub(crate) struct NewRow {
     pub fingerprint: Digest,
     pub event_id: Uuid,
     pub correlation_id: Uuid,
-    pub event: Message,
+    pub event: Arc<Message>,
 }
 
 /// One place for the columns of the statement's input.

@@ -65,7 +65,11 @@ impl Fixture {
         outbox
     }
 
-    fn message(&self, order_id: Uuid, version: i64) -> Message {
+    fn message(&self, order_id: Uuid, version: i64) -> Arc<Message> {
+        Arc::new(self.plain(order_id, version))
+    }
+
+    fn plain(&self, order_id: Uuid, version: i64) -> Message {
         Message {
             order_id,
             version,
@@ -217,7 +221,7 @@ async fn a_message_that_the_broker_refuses_for_good_is_parked_and_lets_the_next_
     let _turn = beside_others().await;
     let fixture = Fixture::new().await;
     let order_id = Uuid::now_v7();
-    let mut huge = fixture.message(order_id, 1);
+    let mut huge = fixture.plain(order_id, 1);
     huge.body = "x".repeat(2_000_000);
     fixture.store(&huge, STALE).await;
     fixture.store(&fixture.message(order_id, 2), STALE).await;

@@ -1,0 +1,41 @@
+# The steps themselves are scripts in deploy/, which also take arguments.
+.DEFAULT_GOAL := help
+.PHONY: help run run-api run-worker test demo migrate bench lint compose-test down clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+run: ## Build and start everything; prints the URLs and a request to try; Ctrl-C stops it
+	@deploy/run
+
+run-api: ## Only the API (a second one takes a free port)
+	@deploy/run api-service
+
+run-worker: ## Only the worker
+	@deploy/run worker
+
+test: ## All tests, on a PostgreSQL and a Kafka of their own
+	@deploy/test $(ARGS)
+
+demo: ## Send a file of orders through the service (FILE=orders.ndjson)
+	@deploy/demo $(if $(FILE),"$(FILE)")
+
+migrate: ## Bring the database's schema up to date
+	@deploy/migrate
+
+bench: ## Measure orders per second and latencies, beside pgbench (ARGS=…)
+	@deploy/bench $(ARGS)
+
+lint: ## Formatting, clippy, shellcheck
+	@deploy/lint
+
+compose-test: ## The end-to-end tests against containers (needs Docker)
+	@deploy/compose-test
+
+down: ## Stop whatever this checkout has running; the data stay
+	@deploy/down
+
+clean: ## Delete what was built and all local data
+	@deploy/down --remove
+	rm -rf .dev
+	cargo clean

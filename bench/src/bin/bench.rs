@@ -1,0 +1,137 @@
+//! `bench`: the service beside pgbench, in one run.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use bench::load::{self, Plan};
+use bench::run::{self, Options};
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Measures the service beside pgbench on the same PostgreSQL, in one run on one machine.
+///
+/// Starts the release binaries that stand beside this program, on a database, topics and ports of
+/// their own, and stops and removes all of it at the end. Prints tables in Markdown and keeps the
+/// figures as JSON in target/bench. Ends with 1 when an order that was accepted is not stored and
+/// handled exactly once.
+#[derive(Parser)]
+#[command(
+    name = "bench",
+    version,
+    args_conflicts_with_subcommands = true,
+    after_help = "\
+Examples:
+  bench
+  bench --callers 64,512 --measure 10s
+  bench --parked 5000 --keep"
+)]
+struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The load generator alone, as the benchmark starts it.
+    #[command(hide = true)]
+    Load(Plan),
+}
+
+#[derive(clap::Args)]
+struct RunArgs {
+    /// A PostgreSQL on which databases may be created.
+    #[arg(long, env = "POSTGRES_DSN", hide_env_values = true, default_value = "")]
+    postgres_dsn: String,
+
+    #[arg(long, env = "KAFKA_BROKERS", default_value = "")]
+    kafka_brokers: String,
+
+    /// librdkafka properties, as key=value,key=value.
+    #[arg(long, env = "KAFKA_CONFIG", hide_env_values = true, default_value = "")]
+    kafka_config: String,
+
+    /// How many callers at once, one measurement each.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,16,64,256,512")]
+    callers: Vec<usize>,
+
+    /// Before each measurement.
+    #[arg(long, default_value = "2s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    warm_up: Duration,
+
+    /// Of each measurement.
+    #[arg(long, default_value = "5s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    measure: Duration,
+
+    /// Of pgbench, before and again after.
+    #[arg(long, default_value = "10s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    pgbench: Duration,
+
+    /// Requests parked while memory is measured.
+    #[arg(long, default_value_t = 1000)]
+    parked: usize,
+
+    /// Leaves the database and the topics there at the end.
+    #[arg(long)]
+    keep: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match args.command {
+        Some(Command::Load(plan)) => offer(&plan),
+        None => measure(args.run),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn offer(plan: &Plan) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string(&load::run(plan)?)?);
+    Ok(())
+}
+
+fn measure(args: RunArgs) -> anyhow::Result<()> {
+    for (value, key) in [(&args.postgres_dsn, "POSTGRES_DSN"), (&args.kafka_brokers, "KAFKA_BROKERS")] {
+        ensure!(!value.is_empty(), "{key} is not set; `make bench` provides it");
+    }
+    ensure!(!args.callers.contains(&0), "--callers: 0 callers measure nothing");
+    if cfg!(debug_assertions) {
+        eprintln!("bench: this is a debug build: its figures mean nothing");
+    }
+    let options = Options {
+        postgres_dsn: args.postgres_dsn,
+        kafka_brokers: args.kafka_brokers,
+        kafka_config: args.kafka_config,
+        callers: args.callers,
+        warm_up: args.warm_up,
+        measure: args.measure,
+        pgbench: args.pgbench,
+        parked: args.parked,
+        keep: args.keep,
+        folder: run::default_folder()?,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    let report = runtime.block_on(run::run(&options, interrupted()))?;
+    println!("{}", report.markdown()?);
+    eprintln!("bench: kept as {}", report.save(&options.folder)?.display());
+    Ok(())
+}
+
+/// Ctrl-C, or SIGTERM from whoever started this: both leave nothing running.
+async fn interrupted() {
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}

@@ -1,0 +1,261 @@
+//! The load generator: a process of its own with one thread, so that what it costs is seen apart
+//! from what it measures. Each caller has one connection and sends the next order when the last
+//! one was answered.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use clap::Args;
+use hyper::header::HeaderValue;
+use hyper::{StatusCode, Uri};
+use serde::{Deserialize, Serialize};
+use tokio::task::{JoinSet, LocalSet};
+use tokio::time::{Instant, sleep, sleep_until};
+use uuid::Uuid;
+
+use crate::http::{Address, Answer, Connection};
+use crate::latency::Latencies;
+use crate::load_orders::Bodies;
+use crate::procfs;
+
+/// A caller that is told 503 comes back after this. `Retry-After` would be whole seconds, in which
+/// a closed loop offers nothing.
+const PAUSE_WHEN_REFUSED: Duration = Duration::from_millis(50);
+
+/// How the benchmark asks for load, and how its load process is asked for it.
+#[derive(Args, Clone, Debug)]
+pub struct Plan {
+    /// The service, as http://host:port.
+    #[arg(long)]
+    pub url: String,
+    #[arg(long)]
+    pub callers: usize,
+    /// Seconds to wait for the worker's answer; 0 is `Prefer: respond-async`.
+    #[arg(long)]
+    pub wait: u32,
+    #[arg(long, default_value_t = 0)]
+    pub warm_up_ms: u64,
+    #[arg(long, default_value_t = 0)]
+    pub measure_ms: u64,
+    /// Instead of warm-up and measurement: so many orders per caller.
+    #[arg(long, default_value_t = 0)]
+    pub each: u64,
+}
+
+/// What one load process saw.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Figures {
+    /// All of them, warm-up included, as they are to be found in the database: 201.
+    pub created: u64,
+    /// 202: stored as well, only the answer did not come in time.
+    pub not_yet: u64,
+    /// 503: nothing stored.
+    pub refused: u64,
+    /// Anything else, broken connections included: nobody knows what is stored.
+    pub failed: u64,
+    pub first_failure: Option<String>,
+
+    /// 201s in the measured time, and what follows from them.
+    pub measured: u64,
+    pub per_second: f64,
+    pub p50_ms: Option<f64>,
+    pub p99_ms: Option<f64>,
+    /// Of one core, in the measured time.
+    pub cpu_share: f64,
+    /// When the last caller had its answer.
+    pub ended_at_unix_ms: u64,
+}
+
+/// Runs the plan to its end in this process.
+pub fn run(plan: &Plan) -> anyhow::Result<Figures> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    LocalSet::new().block_on(&runtime, offer(plan))
+}
+
+async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
+    let address = Address::parse(&plan.url)?;
+    let prefer = if plan.wait == 0 { "respond-async".to_owned() } else { format!("wait={}", plan.wait) };
+    // The low half of a fresh UUIDv7 is random.
+    let run = Uuid::now_v7().as_u64_pair().1;
+
+    let mut connections = Vec::with_capacity(plan.callers);
+    for caller in 0..plan.callers {
+        let connection = Connection::open(&address).await;
+        connections.push(connection.with_context(|| format!("connection {} of {}", caller + 1, plan.callers))?);
+    }
+
+    let measured_from = Instant::now() + Duration::from_millis(plan.warm_up_ms);
+    let shared = Rc::new(Shared {
+        path: address.path("/orders")?,
+        prefer: HeaderValue::from_str(&prefer)?,
+        waits: plan.wait > 0,
+        bodies: Bodies::new(run),
+        measured_from,
+        measured_until: measured_from + Duration::from_millis(plan.measure_ms),
+        each: plan.each,
+        tally: RefCell::new(Tally { figures: Figures::default(), latencies: Latencies::new()? }),
+    });
+
+    let mut callers = JoinSet::new();
+    for connection in connections {
+        callers.spawn_local(shared.clone().call(connection, address.clone()));
+    }
+    let (from, until) = (shared.measured_from, shared.measured_until);
+    let cpu = tokio::task::spawn_local(async move {
+        sleep_until(from).await;
+        let before = own_cpu_time()?;
+        sleep_until(until).await;
+        anyhow::Ok(own_cpu_time()? - before)
+    });
+    while let Some(ended) = callers.join_next().await {
+        ended.context("a caller broke off")??;
+    }
+    let ended_at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
+    let cpu = cpu.await.context("measuring this process")??;
+
+    let mut tally = shared.tally.borrow_mut();
+    let (p50_ms, p99_ms) = (tally.latencies.percentile_ms(50.0), tally.latencies.percentile_ms(99.0));
+    let (measured, seconds) = (tally.latencies.count(), plan.measure_ms as f64 / 1000.0);
+    let per_second = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
+    Ok(Figures {
+        measured,
+        per_second: per_second(measured as f64),
+        p50_ms,
+        p99_ms,
+        cpu_share: per_second(cpu.as_secs_f64()),
+        ended_at_unix_ms: u64::try_from(ended_at)?,
+        ..std::mem::take(&mut tally.figures)
+    })
+}
+
+fn own_cpu_time() -> anyhow::Result<Duration> {
+    procfs::cpu_time(std::process::id())
+}
+
+/// What all callers of the process have in common.
+struct Shared {
+    path: Uri,
+    prefer: HeaderValue,
+    waits: bool,
+    bodies: Bodies,
+    measured_from: Instant,
+    measured_until: Instant,
+    each: u64,
+    tally: RefCell<Tally>,
+}
+
+struct Tally {
+    figures: Figures,
+    latencies: Latencies,
+}
+
+impl Shared {
+    async fn call(self: Rc<Self>, mut connection: Connection, address: Address) -> anyhow::Result<()> {
+        let mut sent = 0;
+        loop {
+            let begun = Instant::now();
+            let is_over = if self.each > 0 { sent == self.each } else { begun >= self.measured_until };
+            if is_over {
+                return Ok(());
+            }
+            sent += 1;
+            let posting = connection.post_json(self.path.clone(), self.prefer.clone(), self.bodies.next());
+            match posting.await {
+                Ok(answer) => {
+                    if self.count(&answer, begun) == StatusCode::SERVICE_UNAVAILABLE {
+                        sleep(PAUSE_WHEN_REFUSED).await;
+                    }
+                }
+                Err(error) => {
+                    self.count_failure(error.to_string());
+                    connection = Connection::open(&address).await.context("connecting again")?;
+                }
+            }
+        }
+    }
+
+    fn count(&self, answer: &Answer, begun: Instant) -> StatusCode {
+        let now = Instant::now();
+        let mut tally = self.tally.borrow_mut();
+        match answer.status {
+            // The cheapest sign that the worker has answered, and this order at that.
+            StatusCode::CREATED if self.waits && !contains(&answer.body, br#""order_status":"done""#) => {
+                tally.figures.created += 1;
+                drop(tally);
+                self.count_failure(format!("201 without an answer: {}", String::from_utf8_lossy(&answer.body)));
+            }
+            StatusCode::CREATED => {
+                tally.figures.created += 1;
+                if now >= self.measured_from && now < self.measured_until {
+                    tally.latencies.record(now - begun);
+                }
+            }
+            StatusCode::ACCEPTED => tally.figures.not_yet += 1,
+            StatusCode::SERVICE_UNAVAILABLE => tally.figures.refused += 1,
+            status => {
+                drop(tally);
+                self.count_failure(format!("{status}: {}", String::from_utf8_lossy(&answer.body)));
+            }
+        }
+        answer.status
+    }
+
+    fn count_failure(&self, what: String) {
+        let figures = &mut self.tally.borrow_mut().figures;
+        figures.failed += 1;
+        figures.first_failure.get_or_insert(what);
+    }
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::stand_in::{respond, serve};
+
+    fn plan(url: String) -> Plan {
+        Plan { url, callers: 8, wait: 5, warm_up_ms: 50, measure_ms: 200, each: 0 }
+    }
+
+    /// The load generator has a runtime of its own, so it gets a thread of its own.
+    async fn offered(plan: Plan) -> Figures {
+        let running = tokio::task::spawn_blocking(move || run(&plan));
+        running.await.expect("no panic").expect("figures")
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn every_answer_is_counted_and_only_those_in_time_are_measured() {
+        let asked = std::sync::Arc::new(AtomicU64::new(0));
+        let counter = asked.clone();
+        let url = serve(move |request| {
+            assert_eq!(request.prefer.as_deref(), Some("wait=5"));
+            match counter.fetch_add(1, Ordering::Relaxed) {
+                0 => respond(202, "{}"),
+                1 => respond(503, "{}"),
+                _ => respond(201, r#"{"status":"created","order_status":"done"}"#),
+            }
+        });
+        let figures = offered(plan(url.await)).await;
+        assert_eq!((figures.not_yet, figures.refused, figures.failed), (1, 1, 0), "{figures:?}");
+        assert_eq!(figures.created + 2, asked.load(Ordering::Relaxed), "{figures:?}");
+        assert!(figures.measured > 0 && figures.measured < figures.created, "{figures:?}");
+        assert!(figures.p50_ms <= figures.p99_ms && figures.p50_ms.is_some(), "{figures:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_201_that_is_no_answer_is_a_failure_for_one_who_waits() {
+        let url = serve(|_| respond(201, r#"{"status":"created","order_status":"new"}"#)).await;
+        let figures = offered(Plan { each: 3, ..plan(url.clone()) }).await;
+        assert_eq!((figures.created, figures.failed), (24, 24), "{figures:?}");
+        assert!(figures.first_failure.is_some_and(|what| what.contains("without an answer")));
+        let figures = offered(Plan { each: 3, wait: 0, ..plan(url) }).await;
+        assert_eq!((figures.created, figures.failed), (24, 0), "{figures:?}");
+    }
+}

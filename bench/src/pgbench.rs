@@ -1,0 +1,130 @@
+//! The ceiling: what PostgreSQL itself does on this machine in this hour, measured with pgbench.
+
+use std::process::Stdio;
+
+use anyhow::{Context, ensure};
+use serde::Serialize;
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+use crate::database::Database;
+use crate::load_orders::Bodies;
+
+/// One order and its outbox row in one statement.
+const SCRIPT: &str = include_str!("../order.pgbench.sql");
+/// As the targets are stated.
+const CLIENTS: u32 = 64;
+/// pgbench's own: more would take cores from PostgreSQL.
+const THREADS: u32 = 2;
+
+/// Columns and keys as the service's tables have them, without its partitions.
+const TABLES: &str = "
+    drop schema if exists ceiling cascade;
+    create schema ceiling;
+    create table ceiling.orders (
+        order_id uuid primary key,
+        user_id text not null,
+        external_id text,
+        lifecycle text not null,
+        status text not null,
+        version bigint not null,
+        content_version bigint not null,
+        amount numeric,
+        currency text,
+        items json,
+        payload json,
+        created_at timestamptz not null,
+        updated_at timestamptz not null
+    );
+    create table ceiling.outbox (
+        order_id uuid not null,
+        version bigint not null,
+        seq smallint not null default 0,
+        topic text not null,
+        key text not null,
+        headers json not null,
+        body text not null,
+        created_at timestamptz not null default clock_timestamp(),
+        primary key (order_id, version, seq)
+    );";
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Figures {
+    pub transactions_per_second: f64,
+    pub latency_average_ms: f64,
+}
+
+/// Empty tables each time, so that a second run finds what the first one found.
+pub async fn run(database: &Database, seconds: u64) -> anyhow::Result<Figures> {
+    database.connect().await?.batch_execute(TABLES).await.context("making pgbench's tables")?;
+    let (payload, event) = bytes_of_a_row();
+    let mut child = Command::new("pgbench")
+        .args(["-n", "-M", "prepared", "-f", "-"])
+        .args(["-c", &CLIENTS.to_string(), "-j", &THREADS.to_string(), "-T", &seconds.to_string()])
+        .args(["-D", &format!("payload={payload}"), "-D", &format!("event={event}")])
+        .envs(database.program_environment()?)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .context("starting pgbench, which comes with PostgreSQL")?;
+    let mut stdin = child.stdin.take().context("pgbench has no standard input")?;
+    stdin.write_all(SCRIPT.as_bytes()).await.context("handing pgbench its script")?;
+    drop(stdin);
+    let output = child.wait_with_output().await.context("waiting for pgbench")?;
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "pgbench: {}: {}", output.status, complaints.trim());
+    let text = String::from_utf8_lossy(&output.stdout);
+    let figures = parse(&text).with_context(|| format!("pgbench said:\n{text}\n{complaints}"))?;
+    database
+        .connect()
+        .await?
+        .batch_execute("drop schema ceiling cascade")
+        .await
+        .context("dropping pgbench's tables")?;
+    Ok(figures)
+}
+
+/// A payload like those that are sent to the service, and an event that carries it.
+fn bytes_of_a_row() -> (String, String) {
+    let payload = Bodies::new(0).typical_payload();
+    let event = format!(
+        r#"{{"event_id":"{id}","type":"order.created","order_id":"{id}","external_id":"{id}","user_id":"{id}","lifecycle":"marketplace","status":"new","version":1,"amount":null,"currency":"BRL","items":null,"payload":{payload},"correlation_id":"{id}","timestamp":"2026-01-01T00:00:00.000000Z"}}"#,
+        id = "00000000-0000-7000-8000-000000000000"
+    );
+    (payload, event)
+}
+
+fn parse(text: &str) -> anyhow::Result<Figures> {
+    let after = |label: &str| {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(label));
+        let figure = line.and_then(|rest| rest.split_whitespace().next());
+        figure.with_context(|| format!("no line {label:?}"))?.parse::<f64>().with_context(|| label.to_owned())
+    };
+    if let Ok(failed) = after("number of failed transactions:") {
+        ensure!(failed == 0.0, "{failed} transactions failed");
+    }
+    Ok(Figures { transactions_per_second: after("tps =")?, latency_average_ms: after("latency average =")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pgbenchs_figures_are_read_and_failures_are_noticed() {
+        let text = "\
+pgbench (15.8)
+number of transactions actually processed: 198000
+number of failed transactions: 0 (0.000%)
+latency average = 2.581 ms
+initial connection time = 60.1 ms
+tps = 24796.103 (without initial connection time)
+";
+        let figures = Figures { transactions_per_second: 24796.103, latency_average_ms: 2.581 };
+        assert_eq!(parse(text).expect("figures"), figures);
+        assert!(parse(&text.replace("transactions: 0", "transactions: 3")).is_err());
+        assert!(parse("").is_err());
+    }
+}

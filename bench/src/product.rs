@@ -1,0 +1,133 @@
+//! The service under test: both binaries on a database, topics and ports of their own.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde::Serialize;
+use tokio::time::{Instant, sleep};
+
+use crate::database::Database;
+use crate::http::Address;
+use crate::metrics::Metrics;
+use crate::process::{self, Process};
+use crate::procfs;
+use crate::topics::Topics;
+
+const HANDLED: &str = "orderstream_worker_handled_total";
+const WAITERS: &str = "orderstream_waiters";
+
+/// Fine enough to say how long the worker took to catch up.
+const POLL: Duration = Duration::from_millis(10);
+const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(120);
+const PARK_TIMEOUT: Duration = Duration::from_secs(20);
+/// The longest that a caller may wait: parked ones must not run out of time while measured.
+pub const WAIT_MAX_SECONDS: u32 = 60;
+
+pub struct Product {
+    pub api: Process,
+    pub worker: Process,
+    worker_metrics: Metrics,
+    api_metrics: Metrics,
+    postgres: Option<u32>,
+}
+
+/// Resident memory, in KiB.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Memory {
+    pub api: u64,
+    pub worker: u64,
+}
+
+/// CPU time used so far.
+#[derive(Clone, Copy)]
+pub struct CpuTimes {
+    pub api: Duration,
+    pub worker: Duration,
+    /// Where it can be seen from here.
+    pub postgres: Option<Duration>,
+    pub machine: Duration,
+}
+
+/// Known before minutes are spent on measuring anything else.
+pub fn ensure_built() -> anyhow::Result<()> {
+    process::binary("api-service").and_then(|_| process::binary("worker")).map(drop)
+}
+
+impl Product {
+    pub async fn start(database: &Database, topics: &Topics, folder: &Path) -> anyhow::Result<Self> {
+        // The rest is what the caller's environment says, else the service's own defaults.
+        let settings = [
+            ("POSTGRES_DSN", database.dsn().to_owned()),
+            ("ORDERS_EVENTS_TOPIC", topics.events.clone()),
+            ("ORDERS_ACK_TOPIC", topics.acks.clone()),
+            ("WORKER_GROUP", topics.group.clone()),
+            ("API_PORT", "127.0.0.1:0".to_owned()),
+            ("WORKER_PORT", "127.0.0.1:0".to_owned()),
+            ("ACK_WAIT_MAX_MS", (WAIT_MAX_SECONDS * 1000).to_string()),
+        ];
+        let worker = Process::start("worker", &settings, folder).await?;
+        let api = Process::start("api-service", &settings, folder).await?;
+        let (worker_metrics, api_metrics) = (Metrics::of(worker.address()).await?, Metrics::of(api.address()).await?);
+        let postgres = database.server_process().await?;
+        Ok(Self { api, worker, worker_metrics, api_metrics, postgres })
+    }
+
+    pub fn address(&self) -> &Address {
+        self.api.address()
+    }
+
+    /// How many orders the worker has handled since it started.
+    pub async fn handled(&mut self) -> anyhow::Result<u64> {
+        self.worker_metrics.sum(HANDLED).await.context("asking the worker")
+    }
+
+    /// Returns when the worker has handled that many.
+    pub async fn wait_until_handled(&mut self, expected: u64) -> anyhow::Result<()> {
+        let deadline = Instant::now() + CATCH_UP_TIMEOUT;
+        loop {
+            let handled = self.handled().await?;
+            if handled >= expected {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("the worker has handled {handled} of {expected} orders after {CATCH_UP_TIMEOUT:?}");
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// Returns when that many requests are parked in the API.
+    pub async fn wait_until_parked(&mut self, expected: u64) -> anyhow::Result<()> {
+        let deadline = Instant::now() + PARK_TIMEOUT;
+        loop {
+            let parked = self.api_metrics.sum(WAITERS).await.context("asking the API")?;
+            if parked == expected {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{parked} of {expected} requests are parked after {PARK_TIMEOUT:?}");
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    pub fn memory(&self) -> anyhow::Result<Memory> {
+        Ok(Memory { api: self.api.resident_kib()?, worker: self.worker.resident_kib()? })
+    }
+
+    pub fn cpu_times(&self) -> anyhow::Result<CpuTimes> {
+        Ok(CpuTimes {
+            api: self.api.cpu_time()?,
+            worker: self.worker.cpu_time()?,
+            postgres: self.postgres.map(procfs::family_cpu_time).transpose()?,
+            machine: procfs::machine_busy()?,
+        })
+    }
+
+    /// In order, and both end well.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.api.stop().await?;
+        self.worker.stop().await
+    }
+}

@@ -1,0 +1,42 @@
+//! Names on Kafka of the benchmark's own. The service makes the topics; they are deleted here.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions};
+use rdkafka::client::DefaultClientContext;
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+pub struct Topics {
+    pub events: String,
+    pub acks: String,
+    pub group: String,
+}
+
+impl Topics {
+    pub fn named(run: &str) -> Self {
+        Self {
+            events: format!("{run}.orders.events"),
+            acks: format!("{run}.orders.ack"),
+            group: format!("{run}.order-workers"),
+        }
+    }
+
+    /// `properties` as in `KAFKA_CONFIG`: `key=value,key=value`.
+    pub async fn remove(&self, brokers: &str, properties: &str) -> anyhow::Result<()> {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", brokers);
+        for (key, value) in properties.split(',').filter_map(|pair| pair.split_once('=')) {
+            config.set(key.trim(), value.trim());
+        }
+        let admin: AdminClient<DefaultClientContext> = config.create().context("connecting to Kafka")?;
+        let options = AdminOptions::new().request_timeout(Some(TIMEOUT)).operation_timeout(Some(TIMEOUT));
+        let deleted = admin.delete_topics(&[self.events.as_str(), self.acks.as_str()], &options).await;
+        // What a run that failed early has not made cannot be deleted, and need not be.
+        deleted.context("deleting topics")?;
+        admin.delete_groups(&[self.group.as_str()], &options).await.context("deleting the group")?;
+        Ok(())
+    }
+}

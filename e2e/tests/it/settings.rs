@@ -1,0 +1,63 @@
+//! Bad settings are refused at start, by name; good ones in any of their forms.
+
+use test_support::{Settings, System, beside_others, order, refused_at_start};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_settings_are_refused_by_name() {
+    let _turn = beside_others().await;
+    for (binary, key, value) in [
+        ("api-service", "ACK_WAIT_MS", "soon"),
+        ("api-service", "API_PORT", "eighty"),
+        ("api-service", "API_PORT", "70000"),
+        ("api-service", "MAX_BODY_BYTES", "-1"),
+        // Its event would not fit into a Kafka message.
+        ("api-service", "MAX_BODY_BYTES", "100000000"),
+        ("api-service", "DEFAULT_CURRENCY", "GOLD"),
+        ("api-service", "DEFAULT_LIFECYCLE", "reincarnation"),
+        ("api-service", "POSTGRES_DSN", "nowhere"),
+        ("worker", "POSTGRES_DSN", "mysql://127.0.0.1/orders"),
+        ("worker", "KAFKA_CONFIG", "no property"),
+        ("worker", "KAFKA_CONFIG", "no.such.property=1"),
+        ("worker", "KAFKA_PARTITIONS", "0"),
+        ("worker", "LOG_FORMAT", "xml"),
+        ("worker", "WORKER_PORT", "all"),
+        ("worker", "OUTBOX_GRACE_MS", "1"),
+    ] {
+        let settings = Settings::default().with(&[(key, value)]);
+        let said = refused_at_start(binary, &settings).await;
+        assert!(said.contains(key), "{binary} with {key}={value:?} said: {said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_are_not_told_when_settings_are_refused() {
+    let _turn = beside_others().await;
+    let settings = Settings::default().with(&[
+        ("POSTGRES_DSN", "postgres://user:s3cr3t@127.0.0.1:1/orders?sslmode=perhaps"),
+        ("KAFKA_CONFIG", "sasl.username=user,sasl.password=h1dd3n,no.such.property=1"),
+    ]);
+    for binary in ["api-service", "worker"] {
+        let said = refused_at_start(binary, &settings).await;
+        assert!(!said.contains("s3cr3t") && !said.contains("h1dd3n"), "{binary} said: {said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn older_names_and_forms_of_settings_serve() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let dsn = system.db.dsn().to_string();
+    let api = system
+        .api_with(&[
+            ("POSTGRES_DSN", ""),
+            ("DATABASE_URL", &dsn),
+            ("DB_MAX_CONN_LIFETIME", "1h30m"),
+            ("LOG_FORMAT", "json"),
+        ])
+        .await;
+    let _worker = system.worker_with(&[("POSTGRES_DSN", ""), ("DB_DSN", &dsn)]).await;
+    api.http().post_order(&order("user")).await.expect_status(201);
+    for line in api.log().lines().filter(|line| !line.starts_with("http: ")) {
+        assert!(line.starts_with('{') && line.ends_with('}'), "no JSON: {line}");
+    }
+}

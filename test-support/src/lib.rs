@@ -1,0 +1,32 @@
+//! What the tests of this workspace share: a database and topics of their own, handles on the
+//! real binaries, an HTTP client that can also misbehave, and ways to break the network.
+//!
+//! It is written for tests: infrastructure that is not there, and conditions that do not come
+//! true, panic with a message that says what to do or what was last seen.
+
+mod bounded;
+mod database;
+mod gate;
+mod http;
+mod instances;
+mod kafka;
+mod ledger;
+mod orders;
+mod process;
+mod proxy;
+mod system;
+mod wait;
+
+pub use bounded::{Turn, alone, beside_others};
+pub use database::{Dsn, TestDb};
+pub use gate::CommitGate;
+pub use http::{HttpClient, Reply};
+pub use hyper::Method;
+pub use instances::{PrivateKafka, PrivatePostgres};
+pub use kafka::{Headers, Message, Record, TestKafka, Topics};
+pub use ledger::{Accepted, Ledger};
+pub use orders::{item, order};
+pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start};
+pub use proxy::{Mode, Proxy};
+pub use system::System;
+pub use wait::{eventually, wait_for};
