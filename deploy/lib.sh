@@ -28,9 +28,10 @@ quietly() {
   : >"$log"
   tick "$$" "$log" "$message" 6>&- 7>&- 8>&- 9>&- &
   ticker=$!
+  disown
   "$@" >"$log" 2>&1 </dev/null || status=$?
-  kill "$ticker" 2>/dev/null || true
-  wait "$ticker" 2>/dev/null || true
+  # Not to be refused: a script that is about to end ignores the other signals, and so do its children.
+  kill -KILL "$ticker" 2>/dev/null || true
   [ "$status" = 0 ] || [ -n "${may_fail-}" ] || {
     tail -n 30 "$log" >&2
     say "failed: $message (all of it: $log)"

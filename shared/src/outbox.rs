@@ -38,8 +38,9 @@ const DELIVERED_QUEUE: usize = 4_096;
 const DELETE_LIMIT: usize = 4_096;
 /// Batches whose messages wait for earlier ones; beyond that the sweeper has them.
 const HOLDERS: usize = 64;
-/// How often a held-back message looks whether the earlier one is gone.
-const HOLD_POLL: Duration = Duration::from_millis(3);
+/// How often a held-back message looks whether the earlier one is gone: soon at first, since that
+/// is on its way; seldom later, since then the broker is away and nothing goes.
+const HOLD: Backoff = Backoff::new(Duration::from_millis(3), Duration::from_millis(250));
 
 /// The rows of these keys, each found by the index. The table is nearly always empty when the
 /// planner learns of it, so it would rather read it whole, as joins do; after an outage there may
@@ -111,6 +112,7 @@ impl Outbox {
     /// Sends each message as soon as no earlier one of its order is in the table. Those that wait
     /// too long are the sweeper's.
     async fn hold_back(&self, mut waiting: Vec<Arc<Message>>, written: Instant) {
+        let mut pause = HOLD;
         while !waiting.is_empty() && self.is_fresh(written) {
             match self.have_earlier(&waiting).await {
                 Ok(held) => {
@@ -120,7 +122,7 @@ impl Outbox {
                         self.send(free);
                     }
                     if !waiting.is_empty() {
-                        tokio::time::sleep(HOLD_POLL).await;
+                        tokio::time::sleep(pause.delay()).await;
                     }
                 }
                 Err(error) => {
