@@ -233,13 +233,12 @@ release_infra() {
 
 # --- Building -----------------------------------------------------------------------------------
 
-# What Kafka's client library (C, built by cmake) and its TLS need beside Rust.
+# What Kafka's client library (C) and its TLS need beside Rust.
 need_build_tools() {
   local missing=()
   have cargo || die "Rust is missing: see https://rustup.rs"
   have cc && have c++ || missing+=(g++)
   have make || missing+=(make)
-  have cmake || missing+=(cmake)
   have pkg-config || missing+=(pkg-config)
   if [ -z "${OPENSSL_DIR-}${OPENSSL_LIB_DIR-}" ]; then
     have pkg-config && pkg-config --exists openssl || missing+=(libssl-dev)
