@@ -157,17 +157,34 @@ async fn what_a_dead_replica_left_is_swept_once_however_many_replicas_there_are(
     dying.sigstop();
     gate.open().await;
     eventually("its commits to come through", || async {
-        let held = "select count(*) from pg_stat_activity
-                    where datname = current_database() and wait_event = 'advisory'";
-        match system.db.number(held, &[]).await {
+        // Through the gate is not yet committed.
+        let open = "select count(*) from pg_stat_activity
+                    where datname = current_database() and pid <> pg_backend_pid() and xact_start is not null";
+        match system.db.number(open, &[]).await {
             0 => Ok(()),
-            n => Err(format!("{n} still at the gate")),
+            n => Err(format!("{n} transactions are still open")),
         }
     })
     .await;
     dying.kill9();
     let left = system.db.number("select count(*) from outbox", &[]).await;
     assert!(left > 0, "nothing was left behind");
+
+    // The one that sweeps cannot delete what it has sent, so that the rows lie there for the
+    // others to find.
+    let mut holder = system.db.connect().await;
+    let hold = holder.transaction().await.expect("a transaction");
+    hold.batch_execute("select from outbox for key share").await.expect("the rows");
+    let sent = || async {
+        match system.kafka.read(system.events()).await.len() as i64 {
+            seen if seen >= left => Ok(()),
+            seen => Err(format!("{seen} of {left} on the topic")),
+        }
+    };
+    wait_for("the sweep", Duration::from_secs(40), sent).await;
+    // Some rounds of the others. There is no state to wait for when they rightly do nothing.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    hold.commit().await.expect("letting go");
 
     wait_for("an empty outbox", Duration::from_secs(40), || async {
         match system.db.number("select count(*) from outbox", &[]).await {
