@@ -7,11 +7,12 @@ use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{Consumer as _, StreamConsumer},
     error::RDKafkaErrorCode,
+    message::Headers as _,
 };
 use shared::{
     backoff::Backoff,
     kafka::{Context, Producer, client_config, ensure_topics},
-    message::{Answer, CORRELATION_ID, Headers, ReplyTo},
+    message::{Answer, CORRELATION_ID, ReplyTo},
     settings::KafkaSettings,
 };
 use tokio::sync::watch;
@@ -119,9 +120,10 @@ async fn listen_once(
     loop {
         match consumer.recv().await {
             Ok(record) => {
-                let headers = Headers::of_record(record.headers());
-                let id = headers.get(CORRELATION_ID).and_then(|bytes| Uuid::from_slice(bytes).ok());
-                if let Some(id) = id {
+                // Only this header, and without a copy: this is done for every answer.
+                let headers = record.headers().into_iter().flat_map(|headers| headers.iter());
+                let mut ids = headers.filter(|header| header.key == CORRELATION_ID);
+                if let Some(id) = ids.next().and_then(|header| Uuid::from_slice(header.value?).ok()) {
                     waiters.answer(id, || read(record.payload(), id));
                 }
             }

@@ -17,7 +17,7 @@ use std::{
 use shared::{
     db::{Connection, Db, DbError, Fault},
     message::{Headers, ReplyTo, now},
-    outbox::Outbox,
+    outbox::{Outbox, Placed},
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
@@ -269,10 +269,11 @@ impl Task {
             .collect();
         let began = Instant::now();
         let stored = connection.within(deadline, insert::insert_orders(connection, &rows, &self.topic)).await?;
-        self.publish(rows.iter().filter(|row| stored.contains(&row.order_id)).copied(), began);
+        let placed = rows.iter().filter_map(|row| Some(placed(row, stored.get(&row.order_id)?)));
+        self.outbox.publish(placed.collect(), began);
         let mut results = Vec::with_capacity(rows.len());
         for row in rows {
-            results.push(if stored.contains(&row.order_id) {
+            results.push(if stored.contains_key(&row.order_id) {
                 Ok(written(row))
             } else {
                 // Its neighbours are stored: what goes wrong from here on is this one's alone.
@@ -296,16 +297,12 @@ impl Task {
                 });
             }
             let began = Instant::now();
-            if insert::insert_in_place_of_deleted(connection, row, &self.topic).await? {
-                self.publish(std::iter::once(row), began);
+            if let Some(place) = insert::insert_in_place_of_deleted(connection, row, &self.topic).await? {
+                self.outbox.publish(vec![placed(row, &place)], began);
                 return Ok(Ok(written(row)));
             }
         }
         Ok(Err(Problem::Unavailable("this external id is being taken by others")))
-    }
-
-    fn publish<'a>(&self, rows: impl Iterator<Item = &'a NewRow>, began: Instant) {
-        self.outbox.publish(rows.map(|row| row.event.clone()).collect(), began);
     }
 
     async fn change(
@@ -336,15 +333,24 @@ impl Task {
                     written
                 }));
             }
-            if !rows.is_empty() {
-                store_change::write_changes(connection, &rows, at, &self.topic).await?;
-            }
-            Ok((rows, results, began))
+            let places = match rows.as_slice() {
+                [] => HashMap::new(),
+                rows => store_change::write_changes(connection, rows, at, &self.topic).await?,
+            };
+            Ok((rows, places, results, began))
         };
-        let (rows, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
-        self.outbox.publish(rows.into_iter().filter_map(|row| row.event).collect(), began);
+        let (rows, mut places, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
+        let placed = rows.into_iter().filter_map(|row| {
+            let place = places.remove(&row.order.order_id)?;
+            Some(Placed { message: row.event?, place })
+        });
+        self.outbox.publish(placed.collect(), began);
         Ok(results)
     }
+}
+
+fn placed(row: &NewRow, place: &str) -> Placed {
+    Placed { message: row.event.clone(), place: place.to_owned() }
 }
 
 fn written(row: &NewRow) -> Written {

@@ -57,13 +57,21 @@ macro_rules! these_rows {
 /// The primary key of a row.
 type RowId = (Uuid, i64, i16);
 
+/// A message and where its row lies (`ctid`, as text): found again without an index. Rows of the
+/// outbox are never updated, so they stay where they were written.
+#[derive(Clone, Debug)]
+pub struct Placed {
+    pub message: Arc<Message>,
+    pub place: String,
+}
+
 /// Sends the messages of committed transactions and forgets those that the broker has.
 #[derive(Clone)]
 pub struct Outbox {
     db: Db,
     producer: Producer,
     grace: Duration,
-    delivered: mpsc::Sender<Vec<RowId>>,
+    delivered: mpsc::Sender<Vec<Placed>>,
     holders: Arc<Semaphore>,
     sending: TaskTracker,
 }
@@ -85,9 +93,10 @@ impl Outbox {
 
     /// Sends messages whose transaction has committed; returns at once. `written` is when that
     /// transaction began to write.
-    pub fn publish(&self, messages: Vec<Arc<Message>>, written: Instant) {
+    pub fn publish(&self, messages: Vec<Placed>, written: Instant) {
         // A first version has no earlier one, and needs no look.
-        let (first, later): (Vec<_>, Vec<_>) = messages.into_iter().partition(|message| message.version == 1);
+        let (first, later): (Vec<_>, Vec<_>) =
+            messages.into_iter().partition(|placed: &Placed| placed.message.version == 1);
         if !first.is_empty() && self.is_fresh(written) {
             self.send(first);
         }
@@ -111,12 +120,14 @@ impl Outbox {
 
     /// Sends each message as soon as no earlier one of its order is in the table. Those that wait
     /// too long are the sweeper's.
-    async fn hold_back(&self, mut waiting: Vec<Arc<Message>>, written: Instant) {
+    async fn hold_back(&self, mut waiting: Vec<Placed>, written: Instant) {
         let mut pause = HOLD;
         while !waiting.is_empty() && self.is_fresh(written) {
             match self.have_earlier(&waiting).await {
                 Ok(held) => {
-                    let (held, free) = waiting.into_iter().partition(|m| held.contains(&(m.order_id, m.version)));
+                    let (held, free) = waiting
+                        .into_iter()
+                        .partition(|p: &Placed| held.contains(&(p.message.order_id, p.message.version)));
                     waiting = held;
                     if self.is_fresh(written) {
                         self.send(free);
@@ -137,13 +148,13 @@ impl Outbox {
     }
 
     /// Which of these have an earlier message of their order in the table?
-    async fn have_earlier(&self, messages: &[Arc<Message>]) -> Result<Vec<(Uuid, i64)>, DbError> {
+    async fn have_earlier(&self, messages: &[Placed]) -> Result<Vec<(Uuid, i64)>, DbError> {
         const SQL: &str = "
             select i.order_id, i.version
             from unnest($1::uuid[], $2::bigint[]) as i(order_id, version)
             where (select true from outbox o where o.order_id = i.order_id and o.version < i.version limit 1)";
-        let ids: Vec<_> = messages.iter().map(|message| message.order_id).collect();
-        let versions: Vec<_> = messages.iter().map(|message| message.version).collect();
+        let ids: Vec<_> = messages.iter().map(|placed| placed.message.order_id).collect();
+        let versions: Vec<_> = messages.iter().map(|placed| placed.message.version).collect();
         let connection = self.db.pool.get().await?;
         let work = async {
             let statement = connection.prepared(SQL).await?;
@@ -153,22 +164,22 @@ impl Outbox {
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
-    fn send(&self, messages: Vec<Arc<Message>>) {
+    fn send(&self, messages: Vec<Placed>) {
         let mut deliveries = Vec::with_capacity(messages.len());
-        for message in messages {
-            let sent = self.producer.send(&message.topic, None, &message.key, &message.headers, &message.body);
-            match sent {
-                Ok(delivery) => deliveries.push((message, delivery)),
-                Err(error) => self.not_sent(message, &error),
+        for placed in messages {
+            let Message { topic, key, headers, body, .. } = &*placed.message;
+            match self.producer.send(topic, None, key, headers, body) {
+                Ok(delivery) => deliveries.push((placed, delivery)),
+                Err(error) => self.not_sent(placed.message, &error),
             }
         }
         let outbox = self.clone();
         self.sending.spawn(async move {
             let mut rows = Vec::with_capacity(deliveries.len());
-            for (message, delivery) in deliveries {
+            for (placed, delivery) in deliveries {
                 match outbox.producer.delivered(delivery).await {
-                    Ok(()) => rows.push((message.order_id, message.version, message.seq)),
-                    Err(error) => outbox.not_sent(message, &error),
+                    Ok(()) => rows.push(placed),
+                    Err(error) => outbox.not_sent(placed.message, &error),
                 }
             }
             // A full queue means that PostgreSQL is away: the rows stay, the sweeper repeats them.
@@ -315,7 +326,7 @@ impl Outbox {
 }
 
 /// Deletes delivered rows, as many at once as there are. Ends with the last sender.
-async fn delete_delivered(db: Db, mut queue: mpsc::Receiver<Vec<RowId>>) {
+async fn delete_delivered(db: Db, mut queue: mpsc::Receiver<Vec<Placed>>) {
     let mut backoff = Backoff::RECONNECT;
     while let Some(mut rows) = queue.recv().await {
         while rows.len() < DELETE_LIMIT
@@ -342,19 +353,23 @@ async fn delete_delivered(db: Db, mut queue: mpsc::Receiver<Vec<RowId>>) {
     }
 }
 
-async fn delete_rows(db: &Db, rows: &[RowId]) -> Result<(), DbError> {
+async fn delete_rows(db: &Db, rows: &[Placed]) -> Result<(), DbError> {
     // Nothing is lost when this commit is: the messages would only be sent again. So it does not
-    // wait for the disk.
-    const SQL: &str = concat!(
-        "with lazily as materialized (select set_config('synchronous_commit', 'off', true))
-        delete from outbox using lazily where ",
-        these_rows!()
-    );
-    let (ids, versions, seqs) = columns(rows);
+    // wait for the disk. The key beside the place: the sweeper may have deleted the row, and
+    // another one may lie there now.
+    const SQL: &str = "
+        with lazily as materialized (select set_config('synchronous_commit', 'off', true))
+        delete from outbox o
+        using lazily, unnest($1::text[], $2::uuid[], $3::bigint[], $4::smallint[]) as i(place, order_id, version, seq)
+        where o.ctid = i.place::tid and o.order_id = i.order_id and o.version = i.version and o.seq = i.seq";
+    let places: Vec<_> = rows.iter().map(|row| row.place.as_str()).collect();
+    let ids: Vec<_> = rows.iter().map(|row| row.message.order_id).collect();
+    let versions: Vec<_> = rows.iter().map(|row| row.message.version).collect();
+    let seqs: Vec<_> = rows.iter().map(|row| row.message.seq).collect();
     let connection = db.pool.get().await?;
     let work = async {
         let statement = connection.prepared(SQL).await?;
-        Ok(connection.client().execute(&statement, &[&ids, &versions, &seqs]).await?)
+        Ok(connection.client().execute(&statement, &[&places, &ids, &versions, &seqs]).await?)
     };
     connection.within(db.settings.write_timeout, work).await.map(drop)
 }

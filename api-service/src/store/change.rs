@@ -1,6 +1,6 @@
 //! Changes orders that are there: locks them, and writes what was decided.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use rust_decimal::Decimal;
 use serde_json::value::RawValue;
@@ -77,13 +77,13 @@ pub(crate) async fn lock_orders(connection: &Connection, ids: &[Uuid]) -> Result
         .collect())
 }
 
-/// Writes changes of locked orders with their history and events.
+/// Writes changes of locked orders with their history and events; where those lie in the outbox.
 pub(crate) async fn write_changes(
     connection: &Connection,
     rows: &[ChangedRow],
     at: OffsetDateTime,
     topic: &str,
-) -> Result<(), DbError> {
+) -> Result<HashMap<Uuid, String>, DbError> {
     const SQL: &str = "
         with i as materialized (
             select * from unnest(
@@ -109,14 +109,15 @@ pub(crate) async fn write_changes(
             from i
         )
         insert into outbox (order_id, version, topic, key, headers, body)
-        select order_id, version, $20, order_id::text, headers::json, body from i where body is not null";
+        select order_id, version, $20, order_id::text, headers::json, body from i where body is not null
+        returning order_id, ctid::text";
     fn column<'a, T>(rows: &'a [ChangedRow], of: impl Fn(&'a ChangedRow) -> T) -> Vec<T> {
         rows.iter().map(of).collect()
     }
     let statement = connection.prepared(SQL).await?;
-    connection
+    let sent = connection
         .client()
-        .execute(
+        .query(
             &statement,
             &[
                 &column(rows, |row| row.order.order_id),
@@ -142,5 +143,5 @@ pub(crate) async fn write_changes(
             ],
         )
         .await?;
-    Ok(())
+    Ok(sent.iter().map(|row| (row.get(0), row.get(1))).collect())
 }

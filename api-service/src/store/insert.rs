@@ -1,6 +1,6 @@
 //! Writes new orders: many in one statement, which is one round trip and one commit.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use rust_decimal::Decimal;
 use shared::{
@@ -63,19 +63,21 @@ macro_rules! insert_sql {
             ), sent as (
                 insert into outbox (order_id, version, topic, key, headers, body)
                 select order_id, 1, $19, order_id::text, headers::json, body from fresh
+                returning order_id, ctid::text as place
             )
-            select order_id from fresh"
+            select order_id, place from sent"
         )
     };
 }
 
-/// Stores those whose external id is still free; which those are. Sort by user and external id:
+/// Stores those whose external id is still free; which those are, and where their events lie in
+/// the outbox. Sort by user and external id:
 /// two writers that take the same ones in another order would wait for each other.
 pub(crate) async fn insert_orders(
     connection: &Connection,
     rows: &[&NewRow],
     topic: &str,
-) -> Result<HashSet<Uuid>, DbError> {
+) -> Result<HashMap<Uuid, String>, DbError> {
     const SQL: &str = insert_sql!(
         "insert into order_refs (user_id, external_id, order_id, fingerprint)
          select user_id, external_id, order_id, fingerprint from i where external_id is not null
@@ -85,12 +87,13 @@ pub(crate) async fn insert_orders(
     insert(connection, SQL, rows, topic).await
 }
 
-/// Stores one order whose external id belongs to a deleted one, if it still does.
+/// Stores one order whose external id belongs to a deleted one, if it still does. Where its event
+/// lies in the outbox.
 pub(crate) async fn insert_in_place_of_deleted(
     connection: &Connection,
     row: &NewRow,
     topic: &str,
-) -> Result<bool, DbError> {
+) -> Result<Option<String>, DbError> {
     // A deleted order stays deleted, so what is seen without a lock holds; of two that come at
     // once, the second finds the order of the first, which is not deleted.
     const SQL: &str = insert_sql!(
@@ -101,7 +104,7 @@ pub(crate) async fn insert_in_place_of_deleted(
            and o.order_id = r.order_id and o.status = 'deleted'
          returning i.order_id"
     );
-    Ok(!insert(connection, SQL, &[row], topic).await?.is_empty())
+    Ok(insert(connection, SQL, &[row], topic).await?.remove(&row.order_id))
 }
 
 async fn insert(
@@ -109,7 +112,7 @@ async fn insert(
     sql: &'static str,
     rows: &[&NewRow],
     topic: &str,
-) -> Result<HashSet<Uuid>, DbError> {
+) -> Result<HashMap<Uuid, String>, DbError> {
     fn column<'a, T>(rows: &[&'a NewRow], of: impl Fn(&'a NewRow) -> T) -> Vec<T> {
         rows.iter().map(|row| of(row)).collect()
     }
@@ -141,5 +144,5 @@ async fn insert(
             ],
         )
         .await?;
-    Ok(stored.iter().map(|row| row.get(0)).collect())
+    Ok(stored.iter().map(|row| (row.get(0), row.get(1))).collect())
 }

@@ -9,7 +9,7 @@ use shared::{
     db::{self, Db},
     kafka::{Producer, ensure_topics},
     message::{Headers, Message},
-    outbox::Outbox,
+    outbox::{Outbox, Placed},
     settings::{DbSettings, KafkaSettings, parse_from},
 };
 use test_support::{PrivateKafka, TestDb, TestKafka, alone, beside_others, eventually, wait_for};
@@ -65,11 +65,7 @@ impl Fixture {
         outbox
     }
 
-    fn message(&self, order_id: Uuid, version: i64) -> Arc<Message> {
-        Arc::new(self.plain(order_id, version))
-    }
-
-    fn plain(&self, order_id: Uuid, version: i64) -> Message {
+    fn message(&self, order_id: Uuid, version: i64) -> Message {
         Message {
             order_id,
             version,
@@ -82,11 +78,12 @@ impl Fixture {
     }
 
     /// As the transaction of a change leaves it.
-    async fn store(&self, message: &Message, age: Duration) {
+    async fn store(&self, message: Message, age: Duration) -> Placed {
         let sql = "insert into outbox (order_id, version, topic, key, headers, body, created_at)
-            values ($1, $2, $3, $4, '[]', $5, clock_timestamp() - make_interval(secs => $6))";
-        let Message { order_id, version, topic, key, body, .. } = message;
-        self.db.client().execute(sql, &[order_id, version, topic, key, body, &age.as_secs_f64()]).await.unwrap();
+            values ($1, $2, $3, $4, '[]', $5, clock_timestamp() - make_interval(secs => $6)) returning ctid::text";
+        let Message { order_id, version, topic, key, body, .. } = &message;
+        let row = self.db.client().query_one(sql, &[order_id, version, topic, key, body, &age.as_secs_f64()]).await;
+        Placed { place: row.unwrap().get(0), message: Arc::new(message) }
     }
 
     /// The versions of an order on the topic, in its order.
@@ -114,14 +111,46 @@ async fn writers_that_commit_in_another_order_than_they_publish_change_nothing()
     let _turn = beside_others().await;
     let fixture = Fixture::new().await;
     let order_id = Uuid::now_v7();
-    let messages: Vec<_> = (1..=5).map(|version| fixture.message(order_id, version)).collect();
-    for message in &messages {
-        fixture.store(message, Duration::ZERO).await;
+    let mut messages = Vec::new();
+    for version in 1..=5 {
+        messages.push(fixture.store(fixture.message(order_id, version), Duration::ZERO).await);
     }
-    for message in messages.iter().rev() {
-        fixture.outbox.publish(vec![message.clone()], Instant::now());
+    for message in messages.into_iter().rev() {
+        fixture.outbox.publish(vec![message], Instant::now());
     }
     fixture.becomes(order_id, &[1, 2, 3, 4, 5]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_lies_where_a_sent_one_lay_stays() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let (gone, other) = (Uuid::now_v7(), Uuid::now_v7());
+    let sent = fixture.store(fixture.message(gone, 1), Duration::ZERO).await;
+    // As after a sweep and a vacuum: the row is gone, and its place is another's.
+    fixture.db.execute("delete from outbox").await;
+    fixture.db.execute("vacuum outbox").await;
+    let there = fixture.store(fixture.message(other, 1), Duration::ZERO).await;
+    assert_eq!(there.place, sent.place);
+    fixture.outbox.publish(vec![sent], Instant::now());
+    eventually("the message on the topic", || async {
+        match fixture.sent(gone).await.len() {
+            1 => Ok(()),
+            n => Err(format!("{n} there")),
+        }
+    })
+    .await;
+    fixture.outbox.drain(Instant::now() + Duration::from_secs(5)).await;
+    let next = fixture.store(fixture.message(Uuid::now_v7(), 1), Duration::ZERO).await;
+    // A later delete: the one before it has been made.
+    fixture.outbox.publish(vec![next], Instant::now());
+    eventually("only the other row", || async {
+        match fixture.left().await {
+            1 => Ok(()),
+            n => Err(format!("{n} rows")),
+        }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -129,12 +158,12 @@ async fn what_the_sweeper_may_have_sent_is_not_sent_from_memory() {
     let _turn = beside_others().await;
     let fixture = Fixture::new().await;
     let (first, later) = (Uuid::now_v7(), Uuid::now_v7());
-    let messages = [fixture.message(first, 1), fixture.message(later, 2)];
-    for message in &messages {
-        fixture.store(message, STALE).await;
+    let mut messages = Vec::new();
+    for message in [fixture.message(first, 1), fixture.message(later, 2)] {
+        messages.push(fixture.store(message, STALE).await);
     }
     // A process that stood still between its commit and this line.
-    fixture.outbox.publish(messages.to_vec(), Instant::now() - Duration::from_secs(3));
+    fixture.outbox.publish(messages, Instant::now() - Duration::from_secs(3));
     fixture.outbox.drain(Instant::now() + Duration::from_secs(30)).await;
     assert_eq!(fixture.left().await, 2, "sent from memory");
     assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 2);
@@ -147,15 +176,14 @@ async fn a_message_given_up_in_memory_is_sent_once_by_the_sweeper() {
     let _turn = alone().await;
     let mut broker = PrivateKafka::start().await;
     let fixture = Fixture::on(broker.client()).await;
-    let warm = fixture.message(Uuid::now_v7(), 1);
-    fixture.store(&warm, Duration::ZERO).await;
-    fixture.outbox.publish(vec![warm.clone()], Instant::now());
-    fixture.becomes(warm.order_id, &[1]).await;
+    let warm = Uuid::now_v7();
+    let message = fixture.store(fixture.message(warm, 1), Duration::ZERO).await;
+    fixture.outbox.publish(vec![message], Instant::now());
+    fixture.becomes(warm, &[1]).await;
 
     broker.stop().await;
     let order_id = Uuid::now_v7();
-    let message = fixture.message(order_id, 1);
-    fixture.store(&message, Duration::ZERO).await;
+    let message = fixture.store(fixture.message(order_id, 1), Duration::ZERO).await;
     fixture.outbox.publish(vec![message], Instant::now());
     // Nothing is on its way from memory any more when the sweeper's time comes.
     fixture.outbox.drain(Instant::now() + Duration::from_secs(7)).await;
@@ -177,7 +205,7 @@ async fn the_sweeper_sends_an_orders_messages_one_after_the_other_however_old_th
     let order_id = Uuid::now_v7();
     // The later transaction began earlier, and waited for the order's lock.
     for (version, age) in [(3, STALE * 3), (2, STALE * 2), (1, STALE)] {
-        fixture.store(&fixture.message(order_id, version), age).await;
+        fixture.store(fixture.message(order_id, version), age).await;
     }
     for version in 1..=3 {
         assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
@@ -192,8 +220,8 @@ async fn a_fresh_message_holds_back_an_old_one_behind_it() {
     let _turn = beside_others().await;
     let fixture = Fixture::new().await;
     let order_id = Uuid::now_v7();
-    fixture.store(&fixture.message(order_id, 1), Duration::ZERO).await;
-    fixture.store(&fixture.message(order_id, 2), STALE).await;
+    fixture.store(fixture.message(order_id, 1), Duration::ZERO).await;
+    fixture.store(fixture.message(order_id, 2), STALE).await;
     assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 0, "version 2 overtook version 1");
 }
 
@@ -203,7 +231,7 @@ async fn twenty_sweepers_send_each_message_once() {
     let fixture = Fixture::new().await;
     let orders: Vec<_> = (0..500).map(|_| Uuid::now_v7()).collect();
     for order_id in &orders {
-        fixture.store(&fixture.message(*order_id, 1), STALE).await;
+        fixture.store(fixture.message(*order_id, 1), STALE).await;
     }
     let mut sweepers = tokio::task::JoinSet::new();
     for _ in 0..20 {
@@ -221,10 +249,10 @@ async fn a_message_that_the_broker_refuses_for_good_is_parked_and_lets_the_next_
     let _turn = beside_others().await;
     let fixture = Fixture::new().await;
     let order_id = Uuid::now_v7();
-    let mut huge = fixture.plain(order_id, 1);
+    let mut huge = fixture.message(order_id, 1);
     huge.body = "x".repeat(2_000_000);
-    fixture.store(&huge, STALE).await;
-    fixture.store(&fixture.message(order_id, 2), STALE).await;
+    fixture.store(huge, STALE).await;
+    fixture.store(fixture.message(order_id, 2), STALE).await;
     assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
     assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
     fixture.becomes(order_id, &[2]).await;
