@@ -187,7 +187,11 @@ impl Orders {
         match request.answer {
             Some(answer) => answered(Done { progress: Progress::Repeated, ..done }, answer)
                 .map(|done| Done { progress: Progress::Repeated, ..done }),
-            None => Ok(done),
+            None => {
+                let order = self.order(order_id).await?;
+                let (amount, currency) = order.map_or((None, None), |order| (order.amount, order.currency));
+                Ok(Done { state: State { amount, currency, ..done.state }, ..done })
+            }
         }
     }
 
