@@ -176,7 +176,11 @@ impl Producer {
     /// Why the broker does not have it, as far as we know.
     pub async fn delivered(&self, delivery: DeliveryFuture) -> Result<(), KafkaError> {
         let result = match delivery.await {
-            Ok(Ok(_)) => Ok(()),
+            Ok(Ok(place)) if place.offset >= 0 => Ok(()),
+            // librdkafka concludes from a later message's success that this one is there, too. It
+            // may not be: a broker that knows nothing of a producer takes any first sequence, so
+            // the later one passes though this one was refused. Only a place in the log counts.
+            Ok(Ok(_)) => Err(KafkaError::MessageProduction(RDKafkaErrorCode::Fail)),
             Ok(Err((error, _))) => Err(error),
             Err(_) => Err(KafkaError::Canceled),
         };
