@@ -10,7 +10,7 @@ use shared::{
     shutdown, telemetry,
 };
 
-/// A third of the API's time went into the system's allocator; this one takes a fraction of that.
+/// Under load about a third of the API's time went into the system's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -18,7 +18,6 @@ use rdkafka::{
     error::{KafkaError, RDKafkaErrorCode},
     metadata::MetadataTopic,
     producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer as _},
-    util::Timeout,
 };
 
 use crate::{message::Headers, settings::KafkaSettings};
@@ -130,8 +129,9 @@ impl Producer {
                 ("enable.idempotence", "true"),
                 ("acks", "all"),
                 ("message.timeout.ms", &message_timeout),
-                // Just so long that what one transaction wrote goes out together: with 0 the first
-                // message goes alone, and each request costs the broker as much as ten messages.
+                // So that what one transaction wrote goes out together: with 0 the first message goes
+                // alone, and each request costs the broker and us. A lone caller pays for it in
+                // latency.
                 ("linger.ms", "0.2"),
                 // What does not fit stays in the outbox. Bounds the memory of an outage.
                 ("queue.buffering.max.kbytes", "32768"),
@@ -226,15 +226,6 @@ impl Producer {
                 self.context.is_back();
                 Ok(count)
             }
-        }
-    }
-
-    /// Waits until nothing is queued or the time is up.
-    pub async fn flush(&self, deadline: Duration) {
-        let producer = self.current();
-        let flushed = tokio::task::spawn_blocking(move || producer.flush(Timeout::After(deadline))).await;
-        if !matches!(flushed, Ok(Ok(()))) {
-            tracing::warn!("not all messages were delivered before the end; the sweeper sends the rest");
         }
     }
 }
