@@ -6,6 +6,7 @@
 //! [`waiters`] wakes the caller.
 
 mod acks;
+mod body;
 mod change;
 pub mod config;
 mod error;

@@ -77,6 +77,13 @@ pub(crate) enum Progress {
     Repeated,
 }
 
+impl Done {
+    /// As the database has it; the version is this request's own.
+    fn new(operation: Operation, order_id: Uuid, correlation_id: Uuid, state: State, progress: Progress) -> Self {
+        Self { operation, order_id, correlation_id, version: state.version, state, superseded_by: None, progress }
+    }
+}
+
 impl Orders {
     /// Makes the change durable. With a deadline, also waits for the worker's answer until then.
     pub(crate) async fn submit(&self, upsert: Upsert, wait: Option<Instant>, trace: Headers) -> Result<Done, Problem> {
@@ -95,29 +102,15 @@ impl Orders {
         match self.writer.write(work, origin).await? {
             Written::Now { order_id, state } => {
                 metrics::counter!("orderstream_orders_accepted_total", "op" => operation.name()).increment(1);
-                let done = Done {
-                    operation,
-                    order_id,
-                    correlation_id,
-                    version: state.version,
-                    state: *state,
-                    superseded_by: None,
-                    progress: Progress::Stored,
-                };
+                let done = Done::new(operation, order_id, correlation_id, *state, Progress::Stored);
                 match wait {
                     Some(deadline) => self.wait(done, waiter, deadline).await,
                     None => Ok(done),
                 }
             }
-            Written::Nothing { order_id, state } => Ok(Done {
-                operation,
-                order_id,
-                correlation_id,
-                version: state.version,
-                state: *state,
-                superseded_by: None,
-                progress: Progress::Answered,
-            }),
+            Written::Nothing { order_id, state } => {
+                Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Answered))
+            }
             Written::Before { order_id, correlation_id } => self.repeat(order_id, correlation_id, wait).await,
         }
     }
@@ -175,15 +168,9 @@ impl Orders {
         let known = read::request(&self.db, order_id, correlation_id).await?;
         let request = known.ok_or(Problem::Unavailable("the order is being created by another request"))?;
         metrics::counter!("orderstream_requests_repeated_total").increment(1);
-        let done = Done {
-            operation: Operation::Created,
-            order_id,
-            correlation_id,
-            version: request.version,
-            state: State { status: request.status, version: request.version, amount: None, currency: None },
-            superseded_by: None,
-            progress: if wait.is_some() { Progress::Pending } else { Progress::Repeated },
-        };
+        let state = State { status: request.status, version: request.version, amount: None, currency: None };
+        let progress = if wait.is_some() { Progress::Pending } else { Progress::Repeated };
+        let done = Done::new(Operation::Created, order_id, correlation_id, state, progress);
         match request.answer {
             Some(answer) => answered(Done { progress: Progress::Repeated, ..done }, answer)
                 .map(|done| Done { progress: Progress::Repeated, ..done }),

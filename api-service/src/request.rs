@@ -1,12 +1,6 @@
 //! The body of `POST /orders`: read, checked against every rule that its own fields can break, and
 //! turned into what is to be done. Knows neither HTTP nor the database.
 
-use std::{borrow::Cow, fmt};
-
-use serde::{
-    Deserialize, Deserializer,
-    de::{IgnoredAny, MapAccess, Visitor},
-};
 use serde_json::value::RawValue;
 use shared::{
     lifecycle::{self, Lifecycle},
@@ -15,7 +9,10 @@ use shared::{
 };
 use uuid::Uuid;
 
-use crate::json::{self, Digest};
+use crate::{
+    body::Body,
+    json::{self, Digest},
+};
 
 /// What a client asks for.
 #[derive(Debug)]
@@ -121,78 +118,6 @@ pub fn parse(body: &[u8], header_user: Option<&str>, defaults: &Defaults) -> Res
         Some(upsert) if check.violations.is_empty() => Ok(upsert),
         _ if check.violations.is_empty() => Err(BadRequest::Malformed("the body makes no sense".to_owned())),
         _ => Err(BadRequest::Invalid(check.violations)),
-    }
-}
-
-/// The fields we know, each as it stands in the body.
-#[derive(Default)]
-struct Body<'a> {
-    values: [Option<&'a RawValue>; FIELDS.len()],
-    unknown: Vec<String>,
-    twice: Vec<&'static str>,
-}
-
-const FIELDS: [&str; 12] = [
-    "order_id",
-    "user_id",
-    "external_id",
-    "lifecycle",
-    "items",
-    "amount",
-    "currency",
-    "shipping_address",
-    "billing_address",
-    "notes",
-    "payload",
-    "status",
-];
-const ALIASES: [(&str, &str); 2] = [("order_items", "items"), ("payload_json", "payload")];
-
-impl<'de> Deserialize<'de> for Body<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = Body<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut body = Body::default();
-                while let Some(key) = map.next_key::<Cow<'de, str>>()? {
-                    let name = ALIASES.iter().find(|(alias, _)| *alias == key).map_or(&*key, |(_, name)| name);
-                    let Some(index) = FIELDS.iter().position(|field| *field == name) else {
-                        map.next_value::<IgnoredAny>()?;
-                        body.unknown.push(key.into_owned());
-                        continue;
-                    };
-                    let value = map.next_value::<&RawValue>()?;
-                    if body.values[index].replace(value).is_some() {
-                        body.twice.push(FIELDS[index]);
-                    }
-                }
-                Ok(body)
-            }
-        }
-        deserializer.deserialize_map(Fields)
-    }
-}
-
-impl<'a> Body<'a> {
-    /// `null` is as good as absent.
-    fn get(&self, name: &str) -> Option<&'a RawValue> {
-        let index = FIELDS.iter().position(|field| *field == name)?;
-        self.values[index].filter(|raw| raw.get() != "null")
-    }
-
-    fn violations(&self) -> Vec<Violation> {
-        let unknown = self.unknown.iter().map(|name| {
-            let reason = format!("is not a field of an order ({})", FIELDS.join(", "));
-            Violation::new(format!("/{}", order::escape(name)), reason)
-        });
-        let twice = self.twice.iter().map(|name| Violation::new(format!("/{name}"), "is given twice"));
-        unknown.chain(twice).collect()
     }
 }
 
@@ -443,6 +368,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::body::FIELDS;
 
     fn read(body: &str) -> Result<Upsert, BadRequest> {
         let defaults = Defaults { lifecycle: lifecycle::find("marketplace").unwrap(), currency: "USD".into() };

@@ -258,6 +258,7 @@ impl Outbox {
         let work = async {
             let lock = connection.client().simple_query(LOCK).await?;
             if !lock.iter().any(|m| matches!(m, SimpleQueryMessage::Row(row) if row.get(0) == Some("true"))) {
+                metrics::counter!("orderstream_outbox_sweeps_left_total").increment(1);
                 return Ok((0, 0, None));
             }
             let old = connection.prepared(OLD).await?;

@@ -13,6 +13,7 @@ mod orders;
 mod outages;
 mod outbox;
 mod scenarios;
+mod schema;
 mod secure;
 mod settings;
 mod shutdown;

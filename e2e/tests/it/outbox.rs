@@ -144,7 +144,7 @@ async fn what_a_dead_replica_left_is_swept_once_however_many_replicas_there_are(
     let mut system = System::new().await;
     system.set(GRACE.0, GRACE.1);
     let dying = system.api().await;
-    let _others = [system.api().await, system.api().await, system.api().await];
+    let others = [system.api().await, system.api().await, system.api().await];
     let gate = CommitGate::install(&system.db, "outbox", "true").await;
 
     gate.close().await;
@@ -183,8 +183,22 @@ async fn what_a_dead_replica_left_is_swept_once_however_many_replicas_there_are(
         }
     };
     wait_for("the sweep", Duration::from_secs(40), sent).await;
-    // Some rounds of the others. There is no state to wait for when they rightly do nothing.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    // Some rounds of the others, which find that somebody is at it.
+    let left_to_another = || async {
+        let mut times = 0.0;
+        for api in &others {
+            times += api.http().metric("orderstream_outbox_sweeps_left_total").await;
+        }
+        times
+    };
+    let before = left_to_another().await;
+    wait_for("rounds of the others", Duration::from_secs(20), || async {
+        match left_to_another().await - before {
+            rounds if rounds >= 4.0 => Ok(()),
+            rounds => Err(format!("{rounds} rounds")),
+        }
+    })
+    .await;
     hold.commit().await.expect("letting go");
 
     wait_for("an empty outbox", Duration::from_secs(40), || async {
