@@ -246,6 +246,10 @@ need_build_tools() {
   [ ${#missing[@]} = 0 ] || install_packages "building" "${missing[@]}"
 }
 
+# All that is released or run beside it, always together: other selections would have other
+# features, and what they share would be built anew.
+build_release() { (cd "$root" && cargo build --release --locked -p api-service -p worker -p bench); }
+
 target_folder() {
   local folder=${CARGO_TARGET_DIR:-$root/target}
   [[ $folder = /* ]] || folder=$PWD/$folder

@@ -60,11 +60,13 @@ pub(crate) async fn listen(settings: KafkaSettings, producer: Producer, address:
     loop {
         let Err(error) = listen_once(&settings, &producer, &address, &waiters, instance, &mut backoff).await;
         // Until the new position is known, an answer could pass us by.
-        address.partition.send_replace(None);
-        tracing::warn!(
-            error = format!("{error:#}"),
-            "not listening for answers; callers are told 202 instead of waiting"
-        );
+        let error = format!("{error:#}");
+        if address.partition.send_replace(None).is_some() {
+            tracing::warn!(error, "not listening for answers; callers are told 202 instead of waiting");
+        } else {
+            // A topic that was made a moment ago has no leader yet; and the start tells of an outage.
+            tracing::info!(error, "not yet listening for answers");
+        }
         tokio::time::sleep(backoff.delay()).await;
     }
 }

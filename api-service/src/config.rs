@@ -81,6 +81,8 @@ impl Config {
     /// # Errors
     /// Naming the setting that is to be changed.
     pub fn check(&self) -> anyhow::Result<()> {
+        self.db.check()?;
+        self.kafka.check()?;
         self.lifecycle()?;
         if let Err(reason) = order::currency(&self.api.default_currency) {
             bail!("DEFAULT_CURRENCY=\"{}\" {reason}", self.api.default_currency);

@@ -143,8 +143,16 @@ impl Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let (status, kind, title) = self.kind();
+        let (_, kind, _) = self.kind();
         metrics::counter!("orderstream_requests_refused_total", "reason" => kind).increment(1);
+        self.render()
+    }
+}
+
+impl Problem {
+    /// As a response that is not counted: to those who look after the service.
+    pub(crate) fn render(self) -> Response {
+        let (status, kind, title) = self.kind();
         let mut body = self.members();
         body.insert("type".into(), format!("urn:orderstream:problem:{kind}").into());
         body.insert("title".into(), title.into());

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use shared::{
+    backoff::Backoff,
     db::{Db, DbError},
     kafka::Producer,
     message::{AckStatus, Answer, Headers, now},
@@ -20,6 +21,9 @@ use crate::{
     waiters::{Waiter, Waiters},
     writer::{Origin, Work, Writer, Written},
 };
+
+/// How often an answer to somebody else's request is looked for.
+const LOOK: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(250));
 
 /// What the use cases need.
 pub(crate) struct Orders {
@@ -111,7 +115,11 @@ impl Orders {
             Written::Nothing { order_id, state } => {
                 Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Answered))
             }
-            Written::Before { order_id, correlation_id } => self.repeat(order_id, correlation_id, wait).await,
+            // The place is kept: a repeat that waits counts like any other caller that does.
+            Written::Before { order_id, correlation_id } => {
+                let deadline = wait.filter(|_| waiter.is_some());
+                self.repeat(order_id, correlation_id, wait.is_some(), deadline).await
+            }
         }
     }
 
@@ -163,15 +171,26 @@ impl Orders {
         }
     }
 
-    /// Tells again what became of the request that created this very order.
-    async fn repeat(&self, order_id: Uuid, correlation_id: Uuid, wait: Option<Instant>) -> Result<Done, Problem> {
+    /// Tells again what became of the request that created this very order, waiting for that until
+    /// the deadline.
+    async fn repeat(
+        &self,
+        order_id: Uuid,
+        correlation_id: Uuid,
+        is_waiting: bool,
+        deadline: Option<Instant>,
+    ) -> Result<Done, Problem> {
         let known = read::request(&self.db, order_id, correlation_id).await?;
         let request = known.ok_or(Problem::Unavailable("the order is being created by another request"))?;
         metrics::counter!("orderstream_requests_repeated_total").increment(1);
         let state = State { status: request.status, version: request.version, amount: None, currency: None };
-        let progress = if wait.is_some() { Progress::Pending } else { Progress::Repeated };
+        let progress = if is_waiting { Progress::Pending } else { Progress::Repeated };
         let done = Done::new(Operation::Created, order_id, correlation_id, state, progress);
-        match request.answer {
+        let answer = match (request.answer, deadline) {
+            (None, Some(deadline)) => self.await_other(order_id, correlation_id, deadline).await,
+            (answer, _) => answer,
+        };
+        match answer.filter(|answer| answer.status != AckStatus::Failed) {
             Some(answer) => answered(Done { progress: Progress::Repeated, ..done }, answer)
                 .map(|done| Done { progress: Progress::Repeated, ..done }),
             None => {
@@ -180,6 +199,24 @@ impl Orders {
                 Ok(Done { state: State { amount, currency, ..done.state }, ..done })
             }
         }
+    }
+
+    /// The answer to a request that another caller made, perhaps of another replica: it comes to
+    /// that one alone, so it is looked for.
+    async fn await_other(&self, order_id: Uuid, correlation_id: Uuid, deadline: Instant) -> Option<Answer> {
+        let mut pause = LOOK;
+        while Instant::now() < deadline && !self.hurry.is_cancelled() {
+            let next = (Instant::now() + pause.delay()).min(deadline);
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                () = self.hurry.cancelled() => {}
+            }
+            let answer = self.look_up(order_id, correlation_id).await;
+            if answer.is_some() {
+                return answer;
+            }
+        }
+        None
     }
 
     pub(crate) async fn order(&self, order_id: Uuid) -> Result<Option<read::Order>, DbError> {

@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use bb8::ManageConnection;
 use bb8_postgres::PostgresConnectionManager;
+use tokio::time::Instant;
 use tokio_postgres::{Client, Statement, error::SqlState};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
@@ -256,21 +257,42 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings) -> anyhow::Re
         .connection_timeout(settings.query_timeout)
         // A ping before each use costs a quarter of the throughput; a broken one shows itself.
         .test_on_check_out(false)
-        .error_sink(Box::new(LogErrors))
+        .error_sink(Box::new(LogErrors::default()))
         .build_unchecked(manager))
 }
 
-#[derive(Debug)]
-struct LogErrors;
+/// An outage is many failed attempts by many who want a connection: told now and then.
+#[derive(Clone, Debug, Default)]
+struct LogErrors {
+    told: Arc<Mutex<Option<Instant>>>,
+}
+
+impl LogErrors {
+    const PAUSE: Duration = Duration::from_secs(10);
+
+    fn is_due(&self) -> bool {
+        let now = Instant::now();
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = told.is_none_or(|told| now - told >= Self::PAUSE);
+        if due {
+            *told = Some(now);
+        }
+        due
+    }
+}
 
 impl bb8::ErrorSink<tokio_postgres::Error> for LogErrors {
     fn sink(&self, error: tokio_postgres::Error) {
         let error = anyhow::Error::from(error);
-        tracing::warn!(error = format!("{error:#}"), "cannot connect to PostgreSQL");
+        if self.is_due() {
+            tracing::warn!(error = format!("{error:#}"), "cannot connect to PostgreSQL");
+        } else {
+            tracing::debug!(error = format!("{error:#}"), "cannot connect to PostgreSQL");
+        }
     }
 
     fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<tokio_postgres::Error>> {
-        Box::new(Self)
+        Box::new(self.clone())
     }
 }
 

@@ -39,7 +39,8 @@ impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         // While a broker is away librdkafka says so for each attempt and broker: once per outage
         // is enough, and `error` below says it.
-        if self.away.load(Ordering::Relaxed) && facility == "FAIL" {
+        // And a broker that has just started knows its coordinators a moment later (GETPID).
+        if facility == "GETPID" || (self.away.load(Ordering::Relaxed) && facility == "FAIL") {
             tracing::debug!(facility, "librdkafka: {message}");
             return;
         }

@@ -4,6 +4,7 @@
 
 use std::{collections::HashMap, ffi::OsString, net::SocketAddr, path::Path, str::FromStr, time::Duration};
 
+use anyhow::bail;
 use clap::{ArgAction, Args, Parser};
 
 use crate::db::PoolSettings;
@@ -58,6 +59,17 @@ pub struct DbSettings {
 }
 
 impl DbSettings {
+    /// What no single setting shows.
+    ///
+    /// # Errors
+    /// Naming the settings that contradict each other.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if self.db_min_conns > self.db_max_conns {
+            bail!("DB_MIN_CONNS={} is more than DB_MAX_CONNS={}", self.db_min_conns, self.db_max_conns);
+        }
+        Ok(())
+    }
+
     #[must_use]
     pub fn pool(&self) -> PoolSettings {
         PoolSettings {
@@ -77,7 +89,7 @@ impl DbSettings {
 #[command(next_help_heading = "Kafka")]
 pub struct KafkaSettings {
     /// Brokers, separated by commas
-    #[arg(long, env = "KAFKA_BROKERS", value_name = "KAFKA_BROKERS", default_value = "127.0.0.1:9092")]
+    #[arg(long, env = "KAFKA_BROKERS", value_name = "KAFKA_BROKERS", default_value = "127.0.0.1:9092", value_parser = brokers)]
     pub kafka_brokers: String,
     /// Any librdkafka properties: security.protocol=SASL_SSL,sasl.username=…
     #[arg(long, env = "KAFKA_CONFIG", value_name = "KAFKA_CONFIG", hide_env_values = true, default_value = "")]
@@ -95,10 +107,10 @@ pub struct KafkaSettings {
     )]
     pub kafka_replication_factor: i32,
     /// What clients did to orders
-    #[arg(long, env = "ORDERS_EVENTS_TOPIC", value_name = "ORDERS_EVENTS_TOPIC", default_value = "orders.events")]
+    #[arg(long, env = "ORDERS_EVENTS_TOPIC", value_name = "ORDERS_EVENTS_TOPIC", default_value = "orders.events", value_parser = topic)]
     pub orders_events_topic: String,
     /// The worker's answers
-    #[arg(long, env = "ORDERS_ACK_TOPIC", value_name = "ORDERS_ACK_TOPIC", default_value = "orders.ack")]
+    #[arg(long, env = "ORDERS_ACK_TOPIC", value_name = "ORDERS_ACK_TOPIC", default_value = "orders.ack", value_parser = topic)]
     pub orders_ack_topic: String,
     /// Age in milliseconds at which the sweeper sends a message that its writer did not
     #[arg(long, env = "OUTBOX_GRACE_MS", value_name = "OUTBOX_GRACE_MS", default_value = "10000", value_parser = clap::value_parser!(u64).range(7_000..=3_600_000))]
@@ -111,7 +123,7 @@ pub struct KafkaSettings {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Process")]
 pub struct ServiceSettings {
-    /// development or production; production warns of settings that may lose data
+    /// development, or anything else (production): that warns of topics with a single copy
     #[arg(long, env = "ENVIRONMENT", value_name = "ENVIRONMENT", default_value = "development")]
     pub environment: String,
     /// Name under which PostgreSQL (application_name) and Kafka (client.id) see us
@@ -132,6 +144,22 @@ pub struct ServiceSettings {
 }
 
 impl KafkaSettings {
+    /// What no single setting shows.
+    ///
+    /// # Errors
+    /// Naming the settings that contradict each other.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let service = &self.service;
+        if self.orders_events_topic == self.orders_ack_topic {
+            bail!("ORDERS_EVENTS_TOPIC and ORDERS_ACK_TOPIC are both {}", self.orders_ack_topic);
+        }
+        if service.shutdown_grace_ms > service.shutdown_timeout_ms {
+            let (grace, timeout) = (service.shutdown_grace_ms, service.shutdown_timeout_ms);
+            bail!("SHUTDOWN_GRACE_MS={grace} is more than SHUTDOWN_TIMEOUT_MS={timeout}");
+        }
+        Ok(())
+    }
+
     #[must_use]
     pub fn is_development(&self) -> bool {
         self.service.environment == "development"
@@ -202,6 +230,31 @@ impl FromStr for Listen {
             return Ok(Self::At(SocketAddr::from(([0, 0, 0, 0], port))));
         }
         text.parse().map(Self::At).map_err(|_| "must be a port (8080 or :8080), an address and port, or off".to_owned())
+    }
+}
+
+/// `host:9092,host:9092`; librdkafka would take anything, and connect to nothing.
+fn brokers(text: &str) -> Result<String, String> {
+    let is_broker = |part: &str| match part.trim().rsplit_once(':') {
+        // [::1] alone is an address without a port.
+        Some((host, port)) if !port.ends_with(']') => {
+            !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+        }
+        _ => !part.trim().is_empty(),
+    };
+    if text.split(',').all(is_broker) { Ok(text.to_owned()) } else { Err("must be host:port,host:port".to_owned()) }
+}
+
+/// The name of a topic, as Kafka has it (org.apache.kafka.common.internals.Topic).
+///
+/// # Errors
+/// Saying what a name may be.
+pub fn topic(text: &str) -> Result<String, String> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if (1..=249).contains(&text.len()) && text != "." && text != ".." && text.chars().all(legal) {
+        Ok(text.to_owned())
+    } else {
+        Err("must be the name of a topic: up to 249 letters, digits, ., _ and -".to_owned())
     }
 }
 

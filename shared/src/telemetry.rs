@@ -1,8 +1,10 @@
 //! Logs on stderr, and metrics for Prometheus.
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use tracing_subscriber::{
+    EnvFilter, filter::LevelFilter, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 use crate::settings::{LogFormat, ServiceSettings};
 
@@ -16,8 +18,7 @@ const SIZES: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 51
 /// # Errors
 /// When `LOG_LEVEL` makes no sense.
 pub fn log(settings: &ServiceSettings) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&settings.log_level)
-        .with_context(|| format!("LOG_LEVEL=\"{}\" is not valid", settings.log_level))?;
+    let filter = filter(&settings.log_level).with_context(|| format!("LOG_LEVEL=\"{}\"", settings.log_level))?;
     let registry = tracing_subscriber::registry().with(filter);
     match settings.log_format {
         LogFormat::Text => {
@@ -31,6 +32,19 @@ pub fn log(settings: &ServiceSettings) -> anyhow::Result<()> {
     .context("starting the log")
 }
 
+/// What others tell at every start, such as tables that are there already, is for those who ask.
+const QUIET: &str = "refinery_core=warn,tokio_postgres=warn";
+
+fn filter(level: &str) -> anyhow::Result<EnvFilter> {
+    // A lone word that is no level would be taken for a module, and all else be silent.
+    for word in level.split(',').map(str::trim).filter(|part| !part.contains(['=', '[', ':'])) {
+        if word.parse::<LevelFilter>().is_err() {
+            bail!("{word} is not one of error, warn, info, debug, trace and off");
+        }
+    }
+    EnvFilter::try_new(format!("{QUIET},{level}")).context("is not a filter such as info,worker=debug")
+}
+
 /// Starts counting; the handle renders what `/metrics` shows.
 ///
 /// # Errors
@@ -42,4 +56,19 @@ pub fn metrics() -> anyhow::Result<PrometheusHandle> {
         .context("metrics")?
         .install_recorder()
         .context("starting the metrics")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_that_is_none_is_refused_by_name() {
+        for level in ["info", "off", "warn,worker=debug", "shared::outbox=trace"] {
+            assert!(filter(level).is_ok(), "{level}");
+        }
+        for level in ["loud", "info,loud", "worker=loud"] {
+            assert!(filter(level).is_err(), "{level}");
+        }
+    }
 }

@@ -41,6 +41,8 @@ pub async fn run(
     metrics: PrometheusHandle,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
+    config.db.check()?;
+    config.kafka.check()?;
     let settings = Arc::new(config.db.pool());
     let db = Db { pool: db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?, settings };
     let producer = Producer::new(&config.kafka)?;

@@ -15,7 +15,11 @@ pub(super) async fn health() -> Response {
 }
 
 /// Can this process store an order? Kafka may be away: the outbox waits for it.
-pub(super) async fn ready(State(app): State<App>) -> Result<Response, Problem> {
+pub(super) async fn ready(State(app): State<App>) -> Response {
+    check(&app).await.unwrap_or_else(Problem::render)
+}
+
+async fn check(app: &App) -> Result<Response, Problem> {
     if app.leaving.is_cancelled() {
         return Err(Problem::Unavailable("shutting down"));
     }

@@ -22,6 +22,13 @@ async fn bad_settings_are_refused_by_name() {
         ("worker", "LOG_FORMAT", "xml"),
         ("worker", "WORKER_PORT", "all"),
         ("worker", "OUTBOX_GRACE_MS", "1"),
+        ("worker", "LOG_LEVEL", "loud"),
+        ("worker", "KAFKA_BROKERS", "127.0.0.1:99999"),
+        ("api-service", "KAFKA_BROKERS", ","),
+        ("api-service", "ORDERS_EVENTS_TOPIC", "a b"),
+        ("worker", "ORDERS_ACK_TOPIC", "orders.events"),
+        ("worker", "DB_MIN_CONNS", "20"),
+        ("api-service", "SHUTDOWN_GRACE_MS", "20000"),
     ] {
         let settings = Settings::default().with(&[(key, value)]);
         let said = refused_at_start(binary, &settings).await;

@@ -59,6 +59,30 @@ async fn without_a_worker_a_waiting_post_ends_in_202_at_its_deadline() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_repeat_waits_for_the_first_orders_answer() {
+    let _turn = alone().await;
+    let system = System::new().await;
+    let (api, other) = (system.api().await, system.api().await);
+    let mut sent = order("user");
+    sent["external_id"] = json!("market-1");
+    let first = api.http().post_order_async(&sent).await.expect_status(201);
+
+    let repeat = other.http().post_order_with(&sent, &[("prefer", "wait=1")]).await.expect_status(202);
+    assert!(repeat.took.abs_diff(Duration::from_secs(1)) <= TOLERANCE, "ended after {:?}", repeat.took);
+    assert_eq!(repeat.text("order_id"), first.text("order_id"));
+
+    let waiting = other.shared_http();
+    let repeat = tokio::spawn(async move { waiting.post_order_with(&sent, &[("prefer", "wait=20")]).await });
+    waiters_become(other.http(), 1.0).await;
+    let _worker = system.worker().await;
+    let repeat = repeat.await.expect("no panic").expect_status(200);
+    assert_eq!(repeat.text("order_status"), "done");
+    assert_eq!(repeat.header("preference-applied"), Some("wait=20"));
+    waiters_become(other.http(), 0.0).await;
+    system.ledger().check([Accepted::from(&first)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_waiters_are_counted_while_they_wait_and_forgotten_afterwards() {
     let _turn = alone().await;
     let system = System::new().await;
