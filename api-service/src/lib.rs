@@ -24,11 +24,12 @@ use anyhow::bail;
 use metrics_exporter_prometheus::PrometheusHandle;
 use shared::{
     db::{self, Db, DbError},
-    kafka::Producer,
+    kafka::{Producer, ensure_topics},
     outbox::Outbox,
     server,
+    settings::KafkaSettings,
 };
-use tokio::{net::TcpListener, task::JoinSet, time::Instant};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{acks::ReplyAddress, config::Config, http::AppState, orders::Orders, waiters::Waiters, writer::Writer};
@@ -37,6 +38,9 @@ use crate::{acks::ReplyAddress, config::Config, http::AppState, orders::Orders, 
 const KAFKA_PATIENCE: Duration = Duration::from_secs(10);
 /// Kept for sending answers, events and acks after the last caller is told that time is up.
 const LAST_ACTS: Duration = Duration::from_secs(2);
+/// What all bodies that are being read may come to, in KiB: callers that send slowly, or never
+/// end, would otherwise take whatever memory there is.
+const BODIES_KIB: usize = 64 * 1024;
 const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Serves on `listener` until `shutdown`, then finishes what has begun.
@@ -63,8 +67,7 @@ pub async fn run(
     let writer = Writer::start(&db, &outbox, &config.kafka.orders_events_topic, &mut writers);
     vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
     vital.spawn(serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone()));
-    let topic = config.kafka.orders_events_topic.clone();
-    vital.spawn(look_after_outbox(outbox.clone(), topic, migrated.clone(), stop.clone()));
+    vital.spawn(look_after_outbox(outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
     vital.spawn(wait_for_start(replies.clone(), migrated.clone(), started.clone(), stop.clone()));
     let deleter = tokio::spawn(deleter);
 
@@ -82,6 +85,7 @@ pub async fn run(
         defaults: config.defaults()?,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,
+        body_room: Arc::new(Semaphore::new(BODIES_KIB)),
         metrics,
         started,
         leaving: leaving.clone(),
@@ -115,7 +119,7 @@ pub async fn run(
     // Callers that wait still need the outbox and the acks: those end after the last of them.
     serving.await?;
     last_call.abort();
-    while writers.join_next().await.is_some() {}
+    let _ = tokio::time::timeout_at(deadline, async { while writers.join_next().await.is_some() {} }).await;
     outbox.drain(deadline).await;
     stop.cancel();
     drop(outbox);
@@ -164,19 +168,27 @@ async fn serve_kafka(
 /// Sweeps and measures the outbox once there is one.
 async fn look_after_outbox(
     outbox: Outbox,
-    topic: String,
+    settings: KafkaSettings,
     migrated: CancellationToken,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let measure = async {
         loop {
-            if let Err(error) = outbox.measure().await {
-                log_db("measuring the outbox", error);
+            let topic = &settings.orders_events_topic;
+            match outbox.measure().await {
+                // Somebody may have deleted the topic.
+                Ok(oldest) if outbox.is_stuck(oldest) => {
+                    if let Err(error) = ensure_topics(&settings, &[topic]).await {
+                        tracing::warn!(error = format!("{error:#}"), "the outbox is stuck");
+                    }
+                }
+                Ok(_) => {}
+                Err(error) => log_db("measuring the outbox", error),
             }
             // With nothing to send nobody would notice that it is back, and the next caller would
             // not be parked.
             if outbox.producer().is_away()
-                && let Err(error) = outbox.producer().partitions(&topic).await
+                && let Err(error) = outbox.producer().partitions(topic).await
             {
                 tracing::debug!(error = format!("{error:#}"), "looking for Kafka");
             }

@@ -14,20 +14,14 @@ use shared::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let cli: Cli = settings::parse();
-    let result = match cli.command {
-        Some(Command::Migrate) => migrate(cli.config).await,
-        None => serve(cli.config).await,
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+    shutdown::run_to_end(async {
+        match cli.command {
+            Some(Command::Migrate) => migrate(cli.config).await,
+            None => serve(cli.config).await,
         }
-    }
+    })
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {

@@ -166,9 +166,9 @@ impl Check {
             ])
         };
         let fingerprint = fingerprint(lifecycle.unwrap_or(defaults.lifecycle), &texts);
-        let payload_id = from_payload.and_then(|fields| fields.id).and_then(|raw| self.payload_id(raw));
-        let external_id = if order_id.is_none() { external_id.or(payload_id) } else { external_id };
         let creating = order_id.is_none();
+        let of_payload = from_payload.and_then(|fields| fields.id).filter(|_| creating && external_id.is_none());
+        let external_id = external_id.or_else(|| self.payload_id(of_payload?));
         let currency = match (own_currency, from_payload.and_then(|fields| fields.currency)) {
             (Some(own), _) => Some(Currency::Known(own)),
             (None, Some(raw)) if raw.get() != "null" => {

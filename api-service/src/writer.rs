@@ -36,7 +36,9 @@ use crate::{
 
 /// Most changes in one transaction. Beyond this nothing is won, and one bad one costs more.
 const BATCH: usize = 256;
-/// Writers, each with a connection while it writes: one commits while the other gathers.
+/// Writers of new orders and writers of changes, so many of each, each with a connection while it
+/// writes: one commits while the other gathers. Changes may have to wait for the locks of others;
+/// new orders never do, and must not wait for changes.
 const WRITERS: usize = 2;
 /// Changes that may wait for each writer: some tenths of a second. Beyond that a client had
 /// better hear at once that we are full.
@@ -96,7 +98,8 @@ struct Command {
 /// A handle to the writers.
 #[derive(Clone)]
 pub(crate) struct Writer {
-    queues: Vec<mpsc::Sender<Command>>,
+    creates: Vec<mpsc::Sender<Command>>,
+    changes: Vec<mpsc::Sender<Command>>,
     next: Arc<AtomicUsize>,
     room: Arc<Semaphore>,
 }
@@ -111,7 +114,8 @@ impl Writer {
             sender
         };
         Self {
-            queues: (0..WRITERS).map(|_| start()).collect(),
+            creates: (0..WRITERS).map(|_| start()).collect(),
+            changes: (0..WRITERS).map(|_| start()).collect(),
             next: Arc::default(),
             room: Arc::new(Semaphore::new(QUEUE_KIB)),
         }
@@ -122,8 +126,7 @@ impl Writer {
         const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
-        let queue = &self.queues[self.lane(&work)];
-        queue.try_send(Command { work, origin, reply, _room: room }).map_err(|error| match error {
+        self.lane(&work).try_send(Command { work, origin, reply, _room: room }).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => FULL,
             mpsc::error::TrySendError::Closed(_) => Problem::Unavailable("shutting down"),
         })?;
@@ -134,13 +137,15 @@ impl Writer {
 
     /// What concerns one order or one external id goes to one writer: two would only wait for
     /// each other's locks.
-    fn lane(&self, work: &Work) -> usize {
-        let hash = match Key::of(work) {
-            Some(Key::Order(id)) => xxh3_64(id.as_bytes()),
-            Some(Key::External(user_id, external_id)) => xxh3_64(user_id.as_bytes()) ^ xxh3_64(external_id.as_bytes()),
-            None => self.next.fetch_add(1, Ordering::Relaxed) as u64,
+    fn lane(&self, work: &Work) -> &mpsc::Sender<Command> {
+        let (hash, queues) = match Key::of(work) {
+            Some(Key::Order(id)) => (xxh3_64(id.as_bytes()), &self.changes),
+            Some(Key::External(user_id, external_id)) => {
+                (xxh3_64(user_id.as_bytes()) ^ xxh3_64(external_id.as_bytes()), &self.creates)
+            }
+            None => (self.next.fetch_add(1, Ordering::Relaxed) as u64, &self.creates),
         };
-        usize::try_from(hash % self.queues.len() as u64).unwrap_or(0)
+        &queues[usize::try_from(hash % queues.len() as u64).unwrap_or(0)]
     }
 }
 
@@ -176,9 +181,7 @@ impl Task {
     async fn run(mut self) {
         while let Some(batch) = self.next_batch().await {
             metrics::histogram!("orderstream_write_batch_size").record(batch.len() as f64);
-            let (creates, changes): (Vec<_>, Vec<_>) =
-                batch.into_iter().partition(|command| matches!(command.work, Work::Create(_)));
-            tokio::join!(self.write_all(creates), self.write_all(changes));
+            self.write_all(batch).await;
         }
     }
 
@@ -205,11 +208,8 @@ impl Task {
         Some(batch)
     }
 
-    /// Writes a batch and answers everyone in it.
+    /// Writes a batch, of new orders or of changes, and answers everyone in it.
     async fn write_all(&self, mut batch: Vec<Command>) {
-        if batch.is_empty() {
-            return;
-        }
         batch.sort_by_cached_key(|command| match &command.work {
             Work::Create(row) => (row.user_id.clone(), row.external_id.clone()),
             Work::Update(_) | Work::Delete(_) => Default::default(),
@@ -242,7 +242,7 @@ impl Task {
     }
 
     async fn write_part(&self, part: &[Command]) -> Result<Vec<Result<Written, Problem>>, DbError> {
-        let connection = self.db.pool.get().await?;
+        let connection = self.db.connection().await?;
         let creates = matches!(part.first().map(|command| &command.work), Some(Work::Create(_)));
         for _ in 0..CONTENTION_RETRIES {
             let result =

@@ -362,11 +362,13 @@ pub async fn migrate_when_possible(pool: &Pool) -> anyhow::Result<()> {
 /// When it is away, or a standby.
 pub async fn writable(pool: &Pool, deadline: Duration) -> Result<bool, DbError> {
     let check = async {
-        let connection = pool.get().await?;
+        let connection = connection(pool).await?;
         let sql = "select not pg_is_in_recovery() and current_setting('transaction_read_only') = 'off'";
-        let statement = connection.prepared(sql).await?;
-        let row = connection.within(deadline, async { Ok(connection.client().query_one(&statement, &[]).await?) });
-        Ok(row.await?.get(0))
+        let work = async {
+            let statement = connection.prepared(sql).await?;
+            Ok(connection.client().query_one(&statement, &[]).await?)
+        };
+        Ok(connection.within(deadline, work).await?.get(0))
     };
     tokio::time::timeout(deadline, check).await.unwrap_or(Err(DbError::Lost(None)))
 }
@@ -376,4 +378,25 @@ pub async fn writable(pool: &Pool, deadline: Duration) -> Result<bool, DbError> 
 pub struct Db {
     pub pool: Pool,
     pub settings: Arc<PoolSettings>,
+}
+
+impl Db {
+    /// A connection of the pool that is not known to be closed. The pool itself looks only at
+    /// those that are given back, and a server that has restarted has closed all the others.
+    ///
+    /// # Errors
+    /// When there is none within the deadline for reading.
+    pub async fn connection(&self) -> Result<bb8::PooledConnection<'_, Manager>, DbError> {
+        connection(&self.pool).await
+    }
+}
+
+async fn connection(pool: &Pool) -> Result<bb8::PooledConnection<'_, Manager>, DbError> {
+    loop {
+        // Each closed one that is found leaves the pool when it is dropped.
+        let connection = pool.get().await?;
+        if !connection.client.is_closed() {
+            return Ok(connection);
+        }
+    }
 }

@@ -43,7 +43,8 @@ impl Violation {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.pointer, self.reason)
+        let blank = if self.pointer.is_empty() { "" } else { " " };
+        write!(f, "{}{blank}{}", self.pointer, self.reason)
     }
 }
 

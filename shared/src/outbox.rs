@@ -27,8 +27,11 @@ use crate::{
     message::{Headers, Message},
 };
 
-/// Most rows that one sweep sends at once.
+/// Most rows that one sweep reads, and most bytes of bodies: they are in memory all at once.
 const SWEEP_LIMIT: i64 = 2_000;
+const SWEEP_BYTES: i64 = 8 * 1024 * 1024;
+/// Once a sweep has sent for so long, what it has not sent is the next one's.
+const SWEEP_TIME: Duration = Duration::from_secs(5);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Longer than a message may take to be given up, and the statements around it.
 const SWEEP_TIMEOUT: Duration = Duration::from_secs(20);
@@ -84,6 +87,12 @@ impl Outbox {
         let deleter = delete_delivered(db.clone(), queue);
         let holders = Arc::new(Semaphore::new(HOLDERS));
         (Self { db, producer, grace, delivered, holders, sending: TaskTracker::new() }, deleter)
+    }
+
+    /// Is a message of this age one that should have been sent long ago?
+    #[must_use]
+    pub fn is_stuck(&self, age: Duration) -> bool {
+        age > 2 * self.grace
     }
 
     #[must_use]
@@ -155,7 +164,7 @@ impl Outbox {
             where (select true from outbox o where o.order_id = i.order_id and o.version < i.version limit 1)";
         let ids: Vec<_> = messages.iter().map(|placed| placed.message.order_id).collect();
         let versions: Vec<_> = messages.iter().map(|placed| placed.message.version).collect();
-        let connection = self.db.pool.get().await?;
+        let connection = self.db.connection().await?;
         let work = async {
             let statement = connection.prepared(SQL).await?;
             Ok(connection.client().query(&statement, &[&ids, &versions]).await?)
@@ -234,9 +243,9 @@ impl Outbox {
         }
     }
 
-    /// Sends the rows that are older than the grace and have no earlier one before them: at most
-    /// one per order, so that none overtakes another that fails. How many the broker took; 0
-    /// also when somebody else is sweeping.
+    /// Sends the rows that are older than the grace and have none before them that is not. The
+    /// messages of one order go one after the other, so that none overtakes another that fails.
+    /// How many the broker took; 0 also when somebody else is sweeping.
     ///
     /// # Errors
     /// When PostgreSQL is away or the broker took nothing.
@@ -248,13 +257,21 @@ impl Outbox {
             select pg_try_advisory_xact_lock(hashtext('orderstream.outbox'), hashtext(current_schema()))::text";
         const OLD: &str = "
             select order_id, version, seq, topic, key, headers::text, body
-            from outbox o
-            where created_at < clock_timestamp() - $1::float8 * interval '1 second'
-              and (select true from outbox e
-                   where e.order_id = o.order_id and (e.version, e.seq) < (o.version, o.seq) limit 1) is null
-            order by order_id, version, seq
-            limit $2";
-        let connection = self.db.pool.get().await.map_err(DbError::from)?;
+            from (
+                select o.*, sum(octet_length(body)) over (order by order_id, version, seq) - octet_length(body) as before
+                from (
+                    select order_id, version, seq, topic, key, headers, body,
+                        bool_and(created_at < clock_timestamp() - $1::float8 * interval '1 second')
+                            over (partition by order_id order by version, seq) as is_old
+                    from outbox
+                ) o
+                where is_old
+                order by order_id, version, seq
+                limit $2
+            ) o
+            where before < $3
+            order by order_id, version, seq";
+        let connection = self.db.connection().await?;
         let work = async {
             let lock = connection.client().simple_query(LOCK).await?;
             if !lock.iter().any(|m| matches!(m, SimpleQueryMessage::Row(row) if row.get(0) == Some("true"))) {
@@ -262,18 +279,28 @@ impl Outbox {
                 return Ok((0, 0, None));
             }
             let old = connection.prepared(OLD).await?;
-            let rows = connection.client().query(&old, &[&self.grace.as_secs_f64(), &SWEEP_LIMIT]).await?;
+            let rows =
+                connection.client().query(&old, &[&self.grace.as_secs_f64(), &SWEEP_LIMIT, &SWEEP_BYTES]).await?;
             let (mut sent, mut failed) = (Vec::with_capacity(rows.len()), None);
-            for (message, result) in join_all(rows.iter().map(|row| self.resend(row))).await {
-                match result {
-                    Err(error) if !is_refused(&error) => failed = Some(error),
-                    refused_or_sent => {
-                        if let Err(error) = refused_or_sent {
-                            insert_parked(&connection, &message, &error.to_string()).await?;
+            let mut orders: Vec<_> = rows.chunk_by(|a, b| a.get::<_, Uuid>(0) == b.get::<_, Uuid>(0)).collect();
+            let end = Instant::now() + SWEEP_TIME;
+            // The first of each order, then the second of each, …
+            while !orders.is_empty() && failed.is_none() && Instant::now() < end {
+                for (message, result) in join_all(orders.iter().map(|rows| self.resend(&rows[0]))).await {
+                    match result {
+                        Err(error) if !is_refused(&error) => failed = Some(error),
+                        refused_or_sent => {
+                            if let Err(error) = refused_or_sent {
+                                insert_parked(&connection, &message, &error.to_string()).await?;
+                            }
+                            sent.push((message.order_id, message.version, message.seq));
                         }
-                        sent.push((message.order_id, message.version, message.seq));
                     }
                 }
+                orders.retain_mut(|rows| {
+                    *rows = &rows[1..];
+                    !rows.is_empty()
+                });
             }
             delete_in(&connection, &sent).await?;
             Ok((rows.len(), sent.len(), failed))
@@ -307,22 +334,23 @@ impl Outbox {
         (message, result)
     }
 
-    /// Tells how many rows there are and how old the oldest is.
+    /// Tells how many rows there are and how old the oldest is, which is returned too.
     ///
     /// # Errors
     /// When PostgreSQL is away.
-    pub async fn measure(&self) -> Result<(), DbError> {
+    pub async fn measure(&self) -> Result<Duration, DbError> {
         const SQL: &str = "
             select count(*), coalesce(extract(epoch from clock_timestamp() - min(created_at)), 0)::float8 from outbox";
-        let connection = self.db.pool.get().await?;
+        let connection = self.db.connection().await?;
         let work = async {
             let statement = connection.prepared(SQL).await?;
             Ok(connection.client().query_one(&statement, &[]).await?)
         };
         let row = connection.within(self.db.settings.query_timeout, work).await?;
         metrics::gauge!("orderstream_outbox_rows").set(row.get::<_, i64>(0) as f64);
-        metrics::gauge!("orderstream_outbox_oldest_seconds").set(row.get::<_, f64>(1).max(0.0));
-        Ok(())
+        let oldest = row.get::<_, f64>(1).max(0.0);
+        metrics::gauge!("orderstream_outbox_oldest_seconds").set(oldest);
+        Ok(Duration::from_secs_f64(oldest))
     }
 }
 
@@ -367,7 +395,7 @@ async fn delete_rows(db: &Db, rows: &[Placed]) -> Result<(), DbError> {
     let ids: Vec<_> = rows.iter().map(|row| row.message.order_id).collect();
     let versions: Vec<_> = rows.iter().map(|row| row.message.version).collect();
     let seqs: Vec<_> = rows.iter().map(|row| row.message.seq).collect();
-    let connection = db.pool.get().await?;
+    let connection = db.connection().await?;
     let work = async {
         let statement = connection.prepared(SQL).await?;
         Ok(connection.client().execute(&statement, &[&places, &ids, &versions, &seqs]).await?)
@@ -377,7 +405,7 @@ async fn delete_rows(db: &Db, rows: &[Placed]) -> Result<(), DbError> {
 
 /// Moves a row that the broker refuses for good out of the way, to where operators look.
 async fn park(db: &Db, message: &Message, reason: &str) -> Result<(), DbError> {
-    let connection = db.pool.get().await?;
+    let connection = db.connection().await?;
     let work = async {
         insert_parked(&connection, message, reason).await?;
         delete_in(&connection, &[(message.order_id, message.version, message.seq)]).await

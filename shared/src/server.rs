@@ -16,12 +16,17 @@ use tokio::{
     net::{TcpListener, TcpStream},
     time::{Instant, timeout_at},
 };
+use tokio_io_timeout::TimeoutStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
 /// A connection on which no whole request arrives in this time is closed: as long as nginx keeps an
 /// idle one, since a client's pool may use it at that very moment.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// A client that takes nothing for so long is not there any more.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// What one connection may hold of requests that are coming and answers that nobody has taken yet.
+const BUFFER: usize = 64 * 1024;
 /// How long an open connection may still bring a request after the listener is closed.
 const LINGER: Duration = Duration::from_millis(500);
 /// When the process has no file descriptors left, accepting fails at once, again and again.
@@ -43,15 +48,16 @@ pub struct Stop {
 /// is up.
 pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
     let mut server = http1::Builder::new();
-    server.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
+    server.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).max_buf_size(BUFFER);
     let (connections, tasks) = (GracefulShutdown::new(), TaskTracker::new());
     let leaving = stop.leaving.clone();
+    let abandoned = CancellationToken::new();
     let serve_one = |stream: TcpStream| {
         // An answer is one small packet; it must not wait for the next.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "nodelay");
         }
-        let (app, server, leaving) = (app.clone(), server.clone(), leaving.clone());
+        let (app, server, leaving, abandoned) = (app.clone(), server.clone(), leaving.clone(), abandoned.clone());
         let watcher = connections.watcher();
         tasks.spawn(async move {
             let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
@@ -61,9 +67,14 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
                     response.map(|response| if leaving.is_cancelled() { closing(response) } else { response })
                 }
             });
-            let connection = server.serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = watcher.watch(connection).await {
-                tracing::debug!(%error, "connection");
+            let mut stream = TimeoutStream::new(stream);
+            stream.set_write_timeout(Some(WRITE_TIMEOUT));
+            let connection = server.serve_connection(TokioIo::new(Box::pin(stream)), service);
+            // One whose client neither takes nor gives anything must not outlive the server.
+            match abandoned.run_until_cancelled(watcher.watch(connection)).await {
+                Some(Err(error)) => tracing::debug!(%error, "connection"),
+                Some(Ok(())) => {}
+                None => tracing::debug!("a connection did not end in time"),
             }
         });
     };
@@ -101,6 +112,7 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
     }
     if timeout_at(deadline, connections.shutdown()).await.is_err() {
         tracing::warn!(server = name, "not all connections ended in time");
+        abandoned.cancel();
     }
 }
 

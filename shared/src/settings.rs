@@ -103,7 +103,8 @@ pub struct KafkaSettings {
         env = "KAFKA_REPLICATION_FACTOR",
         value_name = "KAFKA_REPLICATION_FACTOR",
         default_value = "-1",
-        allow_negative_numbers = true
+        allow_negative_numbers = true,
+        value_parser = copies
     )]
     pub kafka_replication_factor: i32,
     /// What clients did to orders
@@ -152,6 +153,11 @@ impl KafkaSettings {
         let service = &self.service;
         if self.orders_events_topic == self.orders_ack_topic {
             bail!("ORDERS_EVENTS_TOPIC and ORDERS_ACK_TOPIC are both {}", self.orders_ack_topic);
+        }
+        // The order of events across replicas stands on these (DESIGN 6.2).
+        const OURS: [&str; 3] = ["message.timeout.ms", "enable.idempotence", "acks"];
+        if let Some((key, _)) = self.kafka_config.0.iter().find(|(key, _)| OURS.contains(&key.as_str())) {
+            bail!("KAFKA_CONFIG: {key} is not for settings to choose; take it out");
         }
         if service.shutdown_grace_ms > service.shutdown_timeout_ms {
             let (grace, timeout) = (service.shutdown_grace_ms, service.shutdown_timeout_ms);
@@ -233,6 +239,13 @@ impl FromStr for Listen {
     }
 }
 
+fn copies(text: &str) -> Result<i32, String> {
+    match text.parse() {
+        Ok(copies @ (-1 | 1..=1000)) => Ok(copies),
+        _ => Err("must be -1 (the broker's default) or 1 and more".to_owned()),
+    }
+}
+
 /// `host:9092,host:9092`; librdkafka would take anything, and connect to nothing.
 fn brokers(text: &str) -> Result<String, String> {
     let is_broker = |part: &str| match part.trim().rsplit_once(':') {
@@ -258,11 +271,13 @@ pub fn topic(text: &str) -> Result<String, String> {
     }
 }
 
-/// `30m`, `1h30m`, `500ms`, as Go prints them.
+/// `30m`, `1h30m`, `500ms`, as Go prints them. Shorter would only burn the processor, and longer
+/// is not what anybody means.
 fn duration(text: &str) -> Result<Duration, String> {
+    const RANGE: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(7 * 24 * 3600);
     match humantime::parse_duration(text) {
-        Ok(duration) if duration.is_zero() => Err("must be more than 0".to_owned()),
-        Ok(duration) => Ok(duration),
+        Ok(duration) if RANGE.contains(&duration) => Ok(duration),
+        Ok(_) => Err("must be from 10ms to 7days".to_owned()),
         Err(_) => Err("must be a duration such as 500ms, 30s or 1h30m".to_owned()),
     }
 }

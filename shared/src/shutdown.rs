@@ -1,6 +1,30 @@
-//! The signals that ask a process to stop.
+//! The end of a process: the signals that ask for it, and its exit code.
+
+use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
+
+/// Runs the whole of a process. An error is told on stderr.
+pub fn run_to_end(work: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(work);
+    // Not waiting for threads that a library keeps: a broker that stands still would hold us here
+    // long after our time is up.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Resolves on SIGTERM or SIGINT.
 ///

@@ -144,6 +144,13 @@ impl PrivateKafka {
         self.0.command("kill").await;
     }
 
+    /// Stands still from now on: its connections stay, and nothing is answered.
+    pub fn freeze(&self) {
+        let pid = self.0.value("KAFKA_PID");
+        let status = Command::new("sh").args(["-c", &format!("kill -STOP {pid}")]).status();
+        assert!(status.is_ok_and(|status| status.success()), "stopping process {pid}");
+    }
+
     /// With its data, at the same address.
     pub async fn start_again(&mut self) {
         self.0.start_again().await;

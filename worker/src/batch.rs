@@ -37,7 +37,7 @@ struct Told<'a> {
 /// Handles these records, all of them or, when it fails, as many as were committed before: doing
 /// it again does nothing twice. The answers that are awaited come back.
 pub(crate) async fn handle_batch(db: &Db, records: &[Record]) -> Result<Vec<Reply>, DbError> {
-    let connection = db.pool.get().await?;
+    let connection = db.connection().await?;
     let deadline = db.settings.write_timeout;
     let mut told = Vec::with_capacity(records.len());
     for record in records {

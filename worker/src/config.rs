@@ -35,6 +35,10 @@ pub struct WorkerSettings {
     #[arg(long, env = "WORKER_PORT", value_name = "WORKER_PORT", default_value = "9081")]
     pub worker_port: Listen,
     /// Consumer group; workers of one group share the work
-    #[arg(long, env = "WORKER_GROUP", value_name = "WORKER_GROUP", default_value = "order-workers")]
+    #[arg(long, env = "WORKER_GROUP", value_name = "WORKER_GROUP", default_value = "order-workers", value_parser = group)]
     pub worker_group: String,
+}
+
+fn group(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() { Err("must not be empty".to_owned()) } else { Ok(text.to_owned()) }
 }

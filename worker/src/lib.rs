@@ -134,7 +134,7 @@ async fn prepare(settings: &KafkaSettings, db: &Db, producer: &Producer) -> anyh
 async fn measure(db: &Db) {
     loop {
         let count = async {
-            let connection = db.pool.get().await?;
+            let connection = db.connection().await?;
             connection.within(db.settings.query_timeout, store::count_parked(&connection)).await
         };
         match count.await {

@@ -13,16 +13,9 @@ use worker::config::{Cli, Config};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let cli: Cli = settings::parse();
-    match work(cli.config).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    shutdown::run_to_end(work(cli.config))
 }
 
 async fn work(config: Config) -> anyhow::Result<()> {

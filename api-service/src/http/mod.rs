@@ -14,6 +14,7 @@ use axum::{
     routing::{get, post},
 };
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -35,6 +36,8 @@ pub(crate) struct AppState {
     pub defaults: Defaults,
     pub limits: WaitLimits,
     pub max_body_bytes: usize,
+    /// KiB that are left for bodies being read.
+    pub body_room: Arc<Semaphore>,
     pub metrics: PrometheusHandle,
     /// Ready, unless something is away.
     pub started: CancellationToken,

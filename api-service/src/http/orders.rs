@@ -1,7 +1,9 @@
 //! `POST /orders`: one door for create, update and delete. Parses, renders, decides nothing.
 
+use std::sync::Arc;
+
 use axum::{
-    body::{Body, Bytes},
+    body::Body,
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
@@ -13,7 +15,10 @@ use shared::{
     message::{Headers, TRACE_HEADERS},
     money::Money,
 };
-use tokio::time::{Instant, timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, timeout},
+};
 use uuid::Uuid;
 
 use super::{
@@ -37,8 +42,9 @@ pub(super) async fn submit(State(app): State<App>, request: Request) -> Result<R
     let arrived = Instant::now();
     let (parts, body) = request.into_parts();
     check_content_type(&parts.headers)?;
-    let body = read_body(&parts.headers, body, app.max_body_bytes).await?;
-    let upsert = request::parse(&body, user(&parts.headers)?, &app.defaults)?;
+    let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
+    let upsert = request::parse(&body.bytes, user(&parts.headers)?, &app.defaults)?;
+    drop(body);
     let preference = preference(&parts.headers, app.limits);
     let deadline = preference.wait.map(|wait| arrived + wait);
     let done = app.orders.submit(upsert, deadline, trace(&parts.headers)).await?;
@@ -47,6 +53,12 @@ pub(super) async fn submit(State(app): State<App>, request: Request) -> Result<R
         response.headers_mut().insert(PREFERENCE_APPLIED, applied);
     }
     Ok(response)
+}
+
+/// A body, and the room that it takes.
+struct WholeBody {
+    bytes: Vec<u8>,
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
@@ -59,7 +71,7 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Problem> {
+async fn read_body(headers: &HeaderMap, body: Body, limit: usize, room: &Arc<Semaphore>) -> Result<WholeBody, Problem> {
     let declared = body.size_hint().lower();
     let too_large = declared > limit as u64;
     // Who asks before sending is spared the upload; so are we, where it is beyond all measure.
@@ -69,6 +81,7 @@ async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Byte
     let read = async {
         let mut stream = body.into_data_stream();
         let mut whole: Vec<u8> = Vec::new();
+        let mut taken: Option<OwnedSemaphorePermit> = None;
         let mut size = 0_usize;
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|error| match too_large {
@@ -80,12 +93,21 @@ async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Byte
                 break;
             }
             if size <= limit {
+                let missing = size / 1024 + 1 - taken.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+                if missing > 0 {
+                    let more = u32::try_from(missing).ok().and_then(|n| room.clone().try_acquire_many_owned(n).ok());
+                    let more = more.ok_or(Problem::Unavailable("too many bodies are being sent at once"))?;
+                    match &mut taken {
+                        Some(taken) => taken.merge(more),
+                        None => taken = Some(more),
+                    }
+                }
                 whole.extend_from_slice(&chunk);
             } else {
-                whole = Vec::new();
+                (whole, taken) = (Vec::new(), None);
             }
         }
-        if size > limit { Err(Problem::TooLarge { limit }) } else { Ok(Bytes::from(whole)) }
+        if size > limit { Err(Problem::TooLarge { limit }) } else { Ok(WholeBody { bytes: whole, _room: taken }) }
     };
     timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::TooSlow))
 }

@@ -83,7 +83,7 @@ macro_rules! order_columns {
 
 /// One statement on a connection of its own, under the deadline for reading.
 async fn query(db: &Db, sql: &'static str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, DbError> {
-    let connection = db.pool.get().await?;
+    let connection = db.connection().await?;
     connection.within(db.settings.query_timeout, query_on(&connection, sql, params)).await
 }
 
@@ -138,8 +138,9 @@ pub(crate) async fn request(db: &Db, order_id: Uuid, correlation_id: Uuid) -> Re
         select r.version, r.to_status, r.ignored, h.answer::text
         from order_events r
         left join order_events h on h.order_id = r.order_id and h.cause = r.event_id::text
-        where r.order_id = $1 and r.cause = $2";
-    let rows = query(db, SQL, &[&order_id, &correlation_id.to_string()]).await?;
+        where r.order_id = $1 and r.cause = $2 and r.correlation_id = $3";
+    // A handling has its event for a cause, and is no request.
+    let rows = query(db, SQL, &[&order_id, &correlation_id.to_string(), &correlation_id]).await?;
     Ok(rows.first().map(|row| Request {
         version: row.get("version"),
         status: row.get("to_status"),

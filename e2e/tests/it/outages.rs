@@ -366,3 +366,31 @@ async fn when_too_much_waits_to_be_stored_more_is_refused_and_memory_stays_bound
     system.ledger().check(accepted).await;
     api.assert_healthy().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_the_server_has_closed_meanwhile_are_not_used() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let api = system.api().await;
+    // So that there are several to be closed.
+    let sent = order("user");
+    for reply in futures_util::future::join_all((0..16).map(|_| api.http().post_order_async(&sent))).await {
+        reply.expect_status(201);
+    }
+    let others = "from pg_stat_activity
+        where datname = current_database() and pid <> pg_backend_pid() and backend_type = 'client backend'";
+    system.db.execute(&format!("select pg_terminate_backend(pid) {others}")).await;
+    eventually("the connections to be closed", || async {
+        match system.db.number(&format!("select count(*) {others} and state <> 'active'"), &[]).await {
+            0 => Ok(()),
+            n => Err(format!("{n} left")),
+        }
+    })
+    .await;
+    // Only whoever has just been using one may be told.
+    let mut refused = 0;
+    for _ in 0..16 {
+        refused += usize::from(api.http().post_order_async(&order("user")).await.status == 503);
+    }
+    assert!(refused <= 1, "{refused} of 16 were refused");
+}

@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use test_support::{Accepted, HttpClient, Reply, System, alone, order, wait_for};
+use serde_json::json;
+use test_support::{Accepted, HttpClient, PrivateKafka, Reply, System, TestDb, alone, order, wait_for};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -53,6 +56,42 @@ async fn an_api_that_stops_without_a_worker_answers_its_parked_callers_with_202(
     let _other = system.api().await;
     let _worker = system.worker().await;
     system.ledger().check(accepted).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_stand_still_do_not_hold_the_api_beyond_its_time() {
+    const TIMEOUT: Duration = Duration::from_secs(4);
+    let _turn = alone().await;
+    let system = System::new().await;
+    let api = system.api_with(&[("SHUTDOWN_TIMEOUT_MS", "4000")]).await;
+    let large = json!({ "user_id": "user", "notes": "n".repeat(200_000) });
+    let order_id = api.http().post_order_async(&large).await.expect_status(201).text("order_id");
+    let unread = format!("GET /orders/{order_id} HTTP/1.1\r\nhost: api\r\n\r\n").repeat(100);
+    let mut clients = Vec::new();
+    for begun in
+        ["POST /orders HTTP/1.1\r\nHo", "POST /orders HTTP/1.1\r\nhost: api\r\ncontent-length: 100\r\n\r\n{", &unread]
+    {
+        let mut client = TcpStream::connect(api.http().address()).await.expect("a connection");
+        client.write_all(begun.as_bytes()).await.expect("the beginning of a request");
+        clients.push(client);
+    }
+    // Later connections are accepted later: those three are with the API now.
+    api.http().get("/health").await.expect_status(200);
+    api.sigterm();
+    let status = api.exit_within(TIMEOUT + Duration::from_secs(2)).await;
+    assert!(status.success(), "exit {status}; its log:\n{}", api.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_stops_in_time_though_its_broker_stands_still() {
+    let _turn = alone().await;
+    let broker = PrivateKafka::start().await;
+    let system = System::on(TestDb::new().await, broker.client());
+    let worker = system.worker_with(&[("SHUTDOWN_TIMEOUT_MS", "4000")]).await;
+    broker.freeze();
+    worker.sigterm();
+    worker.exit_within(Duration::from_secs(8)).await;
+    broker.kill().await;
 }
 
 /// Callers that post one order after the other until they are refused; SIGTERM in the middle.

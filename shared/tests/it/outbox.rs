@@ -107,6 +107,22 @@ impl Fixture {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_messages_of_one_order_are_swept_at_once_and_in_their_order() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let order_id = Uuid::now_v7();
+    for version in 1..=1_000 {
+        fixture.store(fixture.message(order_id, version), STALE).await;
+    }
+    let mut sweeps = 0;
+    while fixture.outbox.sweep_once().await.unwrap() > 0 {
+        sweeps += 1;
+    }
+    assert!(sweeps <= 5, "{sweeps} sweeps");
+    assert_eq!(fixture.sent(order_id).await, (1..=1_000).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn writers_that_commit_in_another_order_than_they_publish_change_nothing() {
     let _turn = beside_others().await;
     let fixture = Fixture::new().await;
@@ -207,10 +223,7 @@ async fn the_sweeper_sends_an_orders_messages_one_after_the_other_however_old_th
     for (version, age) in [(3, STALE * 3), (2, STALE * 2), (1, STALE)] {
         fixture.store(fixture.message(order_id, version), age).await;
     }
-    for version in 1..=3 {
-        assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
-        assert_eq!(fixture.sent(order_id).await.last(), Some(&version));
-    }
+    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 3);
     assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 0);
     fixture.becomes(order_id, &[1, 2, 3]).await;
 }
@@ -253,8 +266,7 @@ async fn a_message_that_the_broker_refuses_for_good_is_parked_and_lets_the_next_
     huge.body = "x".repeat(2_000_000);
     fixture.store(huge, STALE).await;
     fixture.store(fixture.message(order_id, 2), STALE).await;
-    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
-    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 1);
+    assert_eq!(fixture.outbox.sweep_once().await.unwrap(), 2);
     fixture.becomes(order_id, &[2]).await;
     let parked = "select state || ' ' || (reason like '%too large%') || ' ' || octet_length(body) from parked_messages";
     assert_eq!(fixture.db.lines(parked, &[]).await, ["dead true 2000000"]);
