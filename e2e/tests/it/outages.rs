@@ -379,9 +379,10 @@ async fn connections_that_the_server_has_closed_meanwhile_are_not_used() {
     }
     let others = "from pg_stat_activity
         where datname = current_database() and pid <> pg_backend_pid() and backend_type = 'client backend'";
-    system.db.execute(&format!("select pg_terminate_backend(pid) {others}")).await;
+    let pids = system.db.lines(&format!("select pid::text {others}"), &[]).await.join(",");
+    system.db.execute(&format!("select pg_terminate_backend(pid) {others} and pid in ({pids})")).await;
     eventually("the connections to be closed", || async {
-        match system.db.number(&format!("select count(*) {others} and state <> 'active'"), &[]).await {
+        match system.db.number(&format!("select count(*) {others} and pid in ({pids})"), &[]).await {
             0 => Ok(()),
             n => Err(format!("{n} left")),
         }
