@@ -6,6 +6,7 @@
 //! after the commit that wrote it. A row leaves the table only when the broker has its message.
 
 use std::{
+    collections::HashMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -255,19 +256,17 @@ impl Outbox {
         const LOCK: &str = "
             set local idle_in_transaction_session_timeout = '20s';
             select pg_try_advisory_xact_lock(hashtext('orderstream.outbox'), hashtext(current_schema()))::text";
+        // Most of the time there is nothing old, and that must cost no more than to look.
         const OLD: &str = "
             select order_id, version, seq, topic, key, headers::text, body
             from (
                 select o.*, sum(octet_length(body)) over (order by order_id, version, seq) - octet_length(body) as before
                 from (
-                    select order_id, version, seq, topic, key, headers, body,
-                        bool_and(created_at < clock_timestamp() - $1::float8 * interval '1 second')
-                            over (partition by order_id order by version, seq) as is_old
-                    from outbox
+                    select order_id, version, seq, topic, key, headers, body from outbox
+                    where created_at < clock_timestamp() - $1::float8 * interval '1 second'
+                    order by order_id, version, seq
+                    limit $2
                 ) o
-                where is_old
-                order by order_id, version, seq
-                limit $2
             ) o
             where before < $3
             order by order_id, version, seq";
@@ -279,8 +278,13 @@ impl Outbox {
                 return Ok((0, 0, None));
             }
             let old = connection.prepared(OLD).await?;
-            let rows =
-                connection.client().query(&old, &[&self.grace.as_secs_f64(), &SWEEP_LIMIT, &SWEEP_BYTES]).await?;
+            let grace = self.grace.as_secs_f64();
+            let rows = connection.client().query(&old, &[&grace, &SWEEP_LIMIT, &SWEEP_BYTES]).await?;
+            let held = if rows.is_empty() { HashMap::new() } else { first_fresh(&connection, &rows, grace).await? };
+            let rows: Vec<Row> = rows
+                .into_iter()
+                .filter(|row| held.get(&row.get::<_, Uuid>(0)).is_none_or(|first| row.get::<_, i64>(1) < *first))
+                .collect();
             let (mut sent, mut failed) = (Vec::with_capacity(rows.len()), None);
             let mut orders: Vec<_> = rows.chunk_by(|a, b| a.get::<_, Uuid>(0) == b.get::<_, Uuid>(0)).collect();
             let end = Instant::now() + SWEEP_TIME;
@@ -352,6 +356,24 @@ impl Outbox {
         metrics::gauge!("orderstream_outbox_oldest_seconds").set(oldest);
         Ok(Duration::from_secs_f64(oldest))
     }
+}
+
+/// The first message of each of these rows' orders that is not old yet: a later one may look older,
+/// where a clock was set back.
+async fn first_fresh(connection: &Connection, rows: &[Row], grace: f64) -> Result<HashMap<Uuid, i64>, DbError> {
+    const SQL: &str = "
+        select order_id, version from (
+            select i.order_id, (
+                select o.version from outbox o
+                where o.order_id = i.order_id and o.created_at >= clock_timestamp() - $2::float8 * interval '1 second'
+                order by o.version limit 1) as version
+            from unnest($1::uuid[]) as i(order_id)) i
+        where version is not null";
+    let mut ids: Vec<Uuid> = rows.iter().map(|row| row.get(0)).collect();
+    ids.dedup();
+    let statement = connection.prepared(SQL).await?;
+    let rows = connection.client().query(&statement, &[&ids, &grace]).await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
 /// Deletes delivered rows, as many at once as there are. Ends with the last sender.
