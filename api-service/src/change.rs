@@ -4,22 +4,23 @@ use std::{borrow::Cow, sync::Arc};
 
 use serde_json::value::RawValue;
 use shared::{
-    lifecycle::{self, Refusal, Trigger, step},
+    emission::{self, Sender},
+    lifecycle::{Lifecycle, Lifecycles, Refusal, Step, Trigger, step, template::Subject},
     message::{Event, EventType, Headers, Message},
     money::Money,
-    order::{self, Unknown, Violation, parse_items, total},
+    order::{self, Content, Unknown, Violation, parse_items, total},
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
     error::Problem,
-    request::{Change, Currency, Fields, NewOrder, Target},
+    request::{Change, Currency, Fields, NewOrder, Target, lacks},
     store::{
         change::{ChangedRow, Locked},
         insert::NewRow,
     },
-    writer::{Origin, Work, Written},
+    writer::{Destination, Move, Origin, Work, Written},
 };
 
 /// Who sends our events (CloudEvents `source`).
@@ -51,8 +52,8 @@ pub(crate) fn new_row(order: NewOrder, origin: &Origin, at: OffsetDateTime, topi
         order_id,
         external_id: order.external_id.as_deref().map(Cow::Borrowed),
         user_id: order.user_id.as_str().into(),
-        lifecycle: order.lifecycle.name.into(),
-        status: order.lifecycle.initial.into(),
+        lifecycle: order.lifecycle.name.as_str().into(),
+        status: order.lifecycle.initial.as_str().into(),
         version: 1,
         amount,
         currency: currency.as_deref().map(Cow::Borrowed),
@@ -66,8 +67,8 @@ pub(crate) fn new_row(order: NewOrder, origin: &Origin, at: OffsetDateTime, topi
         order_id,
         user_id: order.user_id,
         external_id: order.external_id,
-        lifecycle: order.lifecycle.name,
-        status: order.lifecycle.initial,
+        lifecycle: &order.lifecycle.name,
+        status: &order.lifecycle.initial,
         amount: amount.map(Money::decimal),
         currency,
         items: items.map(|raw| raw.get().to_owned()),
@@ -83,82 +84,102 @@ pub(crate) fn new_row(order: NewOrder, origin: &Origin, at: OffsetDateTime, topi
     }
 }
 
-/// What this work makes of a locked order.
-pub(crate) fn decide(
-    order: Locked,
-    work: &Work,
-    origin: &Origin,
-    at: OffsetDateTime,
-    topic: &str,
-) -> Result<Decided, Problem> {
-    match work {
-        Work::Create(_) => Err(Problem::UnknownOrder), // a new order is not locked
-        Work::Update(change) => update(order, change, origin, at, topic),
-        Work::Delete(target) => delete(order, target, origin, at, topic),
+/// What a decision needs besides the order and the work.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub lifecycles: &'static Lifecycles,
+    pub origin: &'a Origin,
+    pub at: OffsetDateTime,
+    pub topic: &'a str,
+}
+
+impl Context<'_> {
+    fn lifecycle(&self, order: &Locked) -> Result<&'static Lifecycle, Problem> {
+        self.lifecycles
+            .find(&order.lifecycle)
+            .ok_or(Problem::Unavailable("this order's lifecycle is not known here; see LIFECYCLES_DIR"))
     }
 }
 
-fn update(
-    order: Locked,
-    change: &Change,
-    origin: &Origin,
-    at: OffsetDateTime,
-    topic: &str,
-) -> Result<Decided, Problem> {
+/// What this work makes of a locked order.
+pub(crate) fn decide(order: Locked, work: &Work, context: Context<'_>) -> Result<Decided, Problem> {
+    match work {
+        Work::Create(_) => Err(Problem::UnknownOrder), // a new order is not locked
+        Work::Update(change) => update(order, change, context),
+        Work::Delete(target) => delete(order, target, context),
+        Work::Move(change) => relocate(order, change, context),
+    }
+}
+
+fn update(order: Locked, change: &Change, context: Context<'_>) -> Result<Decided, Problem> {
     check_owner(&order, &change.target)?;
-    let lifecycle =
-        lifecycle::find(&order.lifecycle).ok_or(Problem::Unavailable("this order's lifecycle is not known here"))?;
-    let to = step(lifecycle, &order.status, Trigger::ContentChanged).map_err(|refusal| refused(&order, refusal))?.to;
-    let violations = fixed_fields(&order, change);
+    let lifecycle = context.lifecycle(&order)?;
+    let from_status = order.status.clone();
+    let next = step(lifecycle, &from_status, Trigger::ContentChanged)
+        .map_err(|refusal| refused(&order, lifecycle, refusal))?;
+    let mut violations = fixed_fields(&order, change);
+    let mut order = order;
+    if violations.is_empty() {
+        apply(&mut order, &change.fields)?;
+        violations = lacks(lifecycle, &order.user_id, &content(&order));
+    }
     if !violations.is_empty() {
         return Err(Problem::Invalid(violations));
     }
-    let to = to.to_owned();
-    let from_status = order.status.clone();
-    let mut order = order;
-    apply(&mut order, &change.fields)?;
-    order.status = to;
+    order.status = next.to.to_owned();
     order.version += 1;
     order.content_version = order.version;
-    Ok(decided(order, from_status, EventType::Updated, origin, at, topic))
+    // Its time begins to run when the worker has handled it.
+    order.due_at = None;
+    decided(order, from_status.clone(), EventType::Updated, None, context)
 }
 
-fn delete(
-    order: Locked,
-    target: &Target,
-    origin: &Origin,
-    at: OffsetDateTime,
-    topic: &str,
-) -> Result<Decided, Problem> {
+fn delete(order: Locked, target: &Target, context: Context<'_>) -> Result<Decided, Problem> {
     check_owner(&order, target)?;
+    if order.status == order::DELETED {
+        return Ok(unchanged(order, EventType::Deleted, context));
+    }
     let from_status = order.status.clone();
-    let Ok(next) = lifecycle_step(&order, Trigger::Deleted) else {
-        // Deleted already: the request is known, and nothing happens.
-        let written = Written::Nothing { order_id: order.order_id, state: Box::new(state(&order)) };
-        let row = ChangedRow {
-            order,
-            from_status,
-            kind: EventType::Deleted,
-            ignored: true,
-            correlation_id: origin.correlation_id,
-            event_id: Uuid::nil(),
-            event: None,
-        };
-        return Ok(Decided { row, written });
+    let mut order = order;
+    order.status = order::DELETED.to_owned();
+    order.version += 1;
+    order.due_at = None;
+    // Deleting needs no lifecycle's file: the state exists in all of them.
+    let told = match context.lifecycles.find(&order.lifecycle) {
+        Some(lifecycle) => step(lifecycle, &from_status, Trigger::Deleted).ok().map(|step| (lifecycle, step)),
+        None => None,
+    };
+    decided(order, from_status.clone(), EventType::Deleted, told, context)
+}
+
+/// To another state, by somebody's hand.
+fn relocate(order: Locked, change: &Move, context: Context<'_>) -> Result<Decided, Problem> {
+    check_owner(&order, &change.target)?;
+    let lifecycle = context.lifecycle(&order)?;
+    let trigger = match &change.to {
+        Destination::State(state) => Trigger::MovedTo(state),
+        Destination::Cancelled => Trigger::Cancelled,
+    };
+    let from_status = order.status.clone();
+    let next = match step(lifecycle, &from_status, trigger) {
+        Err(Refusal::Same) => return Ok(unchanged(order, EventType::StatusChanged, context)),
+        next => next.map_err(|refusal| refused(&order, lifecycle, refusal))?,
     };
     let mut order = order;
-    order.status = next;
+    order.status = next.to.to_owned();
     order.version += 1;
-    Ok(decided(order, from_status, EventType::Deleted, origin, at, topic))
+    order.due_at = next.timeout.map(|after| context.at + after);
+    decided(order, from_status.clone(), EventType::StatusChanged, Some((lifecycle, next)), context)
 }
 
-/// Deleting needs no lifecycle file: the state exists in all of them.
-fn lifecycle_step(order: &Locked, trigger: Trigger) -> Result<String, Refusal> {
-    match lifecycle::find(&order.lifecycle) {
-        Some(lifecycle) => step(lifecycle, &order.status, trigger).map(|step| step.to.to_owned()),
-        None if order.status == order::DELETED => Err(Refusal::Deleted),
-        None => Ok(order::DELETED.to_owned()),
-    }
+/// What was asked for is so already: the request is known, and nothing happens.
+fn unchanged(order: Locked, kind: EventType, context: Context<'_>) -> Decided {
+    let written = Written::Nothing { order_id: order.order_id, state: Box::new(state(&order)) };
+    let from_status = order.status.clone();
+    let correlation_id = context.origin.correlation_id;
+    let row =
+        ChangedRow { order, from_status, kind, ignored: true, correlation_id, event_id: Uuid::nil(), messages: vec![] };
+    Decided { row, written }
 }
 
 fn check_owner(order: &Locked, target: &Target) -> Result<(), Problem> {
@@ -169,10 +190,21 @@ fn check_owner(order: &Locked, target: &Target) -> Result<(), Problem> {
     }
 }
 
-fn refused(order: &Locked, refusal: Refusal) -> Problem {
+fn refused(order: &Locked, lifecycle: &Lifecycle, refusal: Refusal) -> Problem {
+    let (order_id, status) = (order.order_id, order.status.clone());
     match refusal {
-        Refusal::Deleted => Problem::Deleted { order_id: order.order_id },
-        Refusal::ContentFixed => Problem::ContentFixed { order_id: order.order_id, status: order.status.clone() },
+        Refusal::Deleted => Problem::Deleted { order_id },
+        Refusal::ContentFixed => Problem::ContentFixed { order_id, status },
+        Refusal::Illegal { allowed } => Problem::IllegalMove { order_id, status, allowed },
+        Refusal::UnknownState => {
+            let states = lifecycle.states.iter().map(|state| state.name.as_str()).collect::<Vec<_>>().join(", ");
+            let reason = format!("is no state of the lifecycle {}, which has {states}", lifecycle.name);
+            Problem::Invalid(vec![Violation::new("/status", reason)])
+        }
+        Refusal::Same | Refusal::Early | Refusal::Late | Refusal::Conflict => {
+            Problem::IllegalMove { order_id, status, allowed: vec![] }
+        }
+        Refusal::Undeclared => Problem::Unavailable("this order's state is not declared in its lifecycle's file"),
     }
 }
 
@@ -241,14 +273,24 @@ fn state(order: &Locked) -> State {
     }
 }
 
+fn content(order: &Locked) -> Content<'_> {
+    Content {
+        items: order.items.as_deref(),
+        amount: order.amount,
+        currency: order.currency.as_deref(),
+        payload: order.payload.as_deref(),
+    }
+}
+
+/// The row of a change, with the event that tells of it and what its lifecycle tells others.
 fn decided(
     order: Locked,
     from_status: String,
     kind: EventType,
-    origin: &Origin,
-    at: OffsetDateTime,
-    topic: &str,
-) -> Decided {
+    told: Option<(&Lifecycle, Step<'_>)>,
+    context: Context<'_>,
+) -> Result<Decided, Problem> {
+    let Context { origin, at, topic, .. } = context;
     let event_id = Uuid::now_v7();
     let event = Event {
         event_id,
@@ -266,18 +308,34 @@ fn decided(
         correlation_id: origin.correlation_id,
         timestamp: at,
     };
-    let event = message(&event, origin, topic);
+    let mut messages = vec![message(&event, origin, topic)];
+    if let Some((lifecycle, step)) = told {
+        let subject = Subject {
+            message_id: event_id,
+            order_id: order.order_id,
+            user_id: &order.user_id,
+            external_id: order.external_id.as_deref(),
+            lifecycle: &order.lifecycle,
+            version: order.version,
+            from: &from_status,
+            to: &order.status,
+            from_code: None,
+            to_code: None,
+            amount: order.amount,
+            currency: order.currency.as_deref(),
+            items: order.items.as_deref(),
+            payload: order.payload.as_deref(),
+            reason: None,
+            at,
+        };
+        let sender = Sender { source: SOURCE, trace: &origin.trace, first_seq: 1 };
+        let told = emission::messages(lifecycle, &step.emits, subject, sender);
+        messages.extend(told.map_err(|reason| Problem::Invalid(vec![Violation::new("", reason)]))?);
+    }
     let written = Written::Now { order_id: order.order_id, state: Box::new(state(&order)) };
-    let row = ChangedRow {
-        order,
-        from_status,
-        kind,
-        ignored: false,
-        correlation_id: origin.correlation_id,
-        event_id,
-        event: Some(event),
-    };
-    Decided { row, written }
+    let correlation_id = origin.correlation_id;
+    let row = ChangedRow { order, from_status, kind, ignored: false, correlation_id, event_id, messages };
+    Ok(Decided { row, written })
 }
 
 fn message(event: &Event<'_>, origin: &Origin, topic: &str) -> Arc<Message> {

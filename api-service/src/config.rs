@@ -1,11 +1,10 @@
 //! The settings of `api-service`.
 
-use std::time::Duration;
+use std::{convert::Infallible, str::FromStr, sync::Arc, time::Duration};
 
 use anyhow::bail;
 use clap::{Args, Parser, Subcommand};
 use shared::{
-    lifecycle::{self, Lifecycle},
     order,
     settings::{DbSettings, KafkaSettings, Listen},
 };
@@ -55,6 +54,12 @@ pub struct ApiSettings {
     /// Port, or address and port; 0 takes a free one and prints it
     #[arg(long, env = "API_PORT", value_name = "API_PORT", default_value = "8080")]
     pub api_port: Listen,
+    /// Port of the operators' routes (/admin), or address and port; off: none. Open on loopback only
+    #[arg(long, env = "ADMIN_PORT", value_name = "ADMIN_PORT", default_value = "127.0.0.1:9080", value_parser = admin_port)]
+    pub admin_port: Listen,
+    /// What operators send as a bearer token; demanded where /admin is not on loopback
+    #[arg(long, env = "ADMIN_TOKEN", value_name = "ADMIN_TOKEN", hide_env_values = true)]
+    pub admin_token: Option<Secret>,
     /// How long a caller waits for the worker unless it says otherwise; 0: not at all
     #[arg(long, env = "ACK_WAIT_MS", value_name = "ACK_WAIT_MS", default_value = "5000")]
     pub ack_wait_ms: u64,
@@ -75,15 +80,49 @@ pub struct ApiSettings {
     pub default_currency: String,
 }
 
+/// Shown to nobody.
+#[derive(Clone)]
+pub struct Secret(Arc<str>);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
+}
+
+impl FromStr for Secret {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(Self(text.into()))
+    }
+}
+
+/// A port alone is one of loopback: operators' routes are not for everybody.
+fn admin_port(text: &str) -> Result<Listen, String> {
+    match text.strip_prefix(':').unwrap_or(text).parse::<u16>() {
+        Ok(port) => Ok(Listen::At(([127, 0, 0, 1], port).into())),
+        Err(_) => text.parse(),
+    }
+}
+
 impl Config {
-    /// What no single setting shows.
+    /// What no single setting shows, and the files that settings name.
     ///
     /// # Errors
-    /// Naming the setting that is to be changed.
-    pub fn check(&self) -> anyhow::Result<()> {
+    /// Naming the setting or the file that is to be changed.
+    pub fn check(&self) -> anyhow::Result<Defaults> {
         self.db.check()?;
         self.kafka.check()?;
-        self.lifecycle()?;
+        if let Listen::At(address) = self.api.admin_port
+            && !address.ip().is_loopback()
+            && self.admin_token().is_none()
+        {
+            bail!(
+                "ADMIN_PORT={address} is not on loopback: set ADMIN_TOKEN, or ADMIN_PORT=127.0.0.1:{}",
+                address.port()
+            );
+        }
         if let Err(reason) = order::currency(&self.api.default_currency) {
             bail!("DEFAULT_CURRENCY=\"{}\" {reason}", self.api.default_currency);
         }
@@ -97,24 +136,21 @@ impl Config {
                 self.api.max_body_bytes
             );
         }
-        Ok(())
+        let lifecycles = self.kafka.lifecycles()?;
+        let Some(lifecycle) = lifecycles.find(&self.api.default_lifecycle) else {
+            bail!("DEFAULT_LIFECYCLE=\"{}\" is not one of {}", self.api.default_lifecycle, lifecycles.names());
+        };
+        Ok(Defaults { lifecycles, lifecycle, currency: self.api.default_currency.clone() })
+    }
+
+    pub(crate) fn admin_token(&self) -> Option<Arc<str>> {
+        self.api.admin_token.as_ref().map(|Secret(token)| token.clone()).filter(|token| !token.is_empty())
     }
 
     fn max_message_bytes(&self) -> usize {
         const LIBRDKAFKA_DEFAULT: usize = 1_000_000;
         let own = self.kafka.kafka_config.0.iter().rev().find(|(key, _)| key == "message.max.bytes");
         own.and_then(|(_, value)| value.parse().ok()).unwrap_or(LIBRDKAFKA_DEFAULT)
-    }
-
-    fn lifecycle(&self) -> anyhow::Result<&'static Lifecycle> {
-        match lifecycle::find(&self.api.default_lifecycle) {
-            Some(lifecycle) => Ok(lifecycle),
-            None => bail!("DEFAULT_LIFECYCLE=\"{}\" is not one of {}", self.api.default_lifecycle, lifecycle::names()),
-        }
-    }
-
-    pub(crate) fn defaults(&self) -> anyhow::Result<Defaults> {
-        Ok(Defaults { lifecycle: self.lifecycle()?, currency: self.api.default_currency.clone() })
     }
 
     pub(crate) fn wait_limits(&self) -> WaitLimits {

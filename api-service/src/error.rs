@@ -23,8 +23,10 @@ pub(crate) enum Problem {
     Invalid(Vec<Violation>),
     UnknownOrder,
     UnknownRequest,
+    UnknownParked,
     UnknownRoute,
     MethodNotAllowed,
+    Unauthenticated,
     ContentType,
     TooLarge {
         limit: usize,
@@ -37,8 +39,18 @@ pub(crate) enum Problem {
         order_id: Uuid,
         status: String,
     },
+    IllegalMove {
+        order_id: Uuid,
+        status: String,
+        allowed: Vec<String>,
+    },
     ExternalIdTaken {
         order_id: Uuid,
+    },
+    /// A parked message that is in no state for what an operator asks.
+    ParkedElsewise {
+        state: String,
+        detail: &'static str,
     },
     Rejected {
         order_id: Uuid,
@@ -59,6 +71,7 @@ impl From<DbError> for Problem {
             (DbError::Refused(_), Fault::Data) => {
                 Self::Invalid(vec![Violation::new("", "PostgreSQL refuses to store this")])
             }
+            (DbError::Refused(_), Fault::Locked) => Self::Unavailable("somebody keeps this order locked"),
             (DbError::Refused(_), _) => Self::Unavailable("the database refuses to work"),
             (DbError::Away(_), _) => Self::Unavailable("the database is away; nothing was stored"),
             (DbError::Lost(_), _) => Self::Unavailable(
@@ -87,6 +100,9 @@ impl Problem {
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation", "The request breaks rules"),
             Self::UnknownOrder => (StatusCode::NOT_FOUND, "not-found", "There is no such order"),
             Self::UnknownRequest => (StatusCode::NOT_FOUND, "not-found", "There is no such request"),
+            Self::UnknownParked => (StatusCode::NOT_FOUND, "not-found", "There is no such parked message"),
+            Self::Unauthenticated => (StatusCode::UNAUTHORIZED, "unauthenticated", "Who are you?"),
+            Self::ParkedElsewise { .. } => (StatusCode::CONFLICT, "conflict", "The message is not in that state"),
             Self::UnknownRoute => (StatusCode::NOT_FOUND, "not-found", "There is nothing here"),
             Self::MethodNotAllowed => {
                 (StatusCode::METHOD_NOT_ALLOWED, "malformed", "This method is not for this resource")
@@ -96,6 +112,7 @@ impl Problem {
             Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "malformed", "The body did not arrive in time"),
             Self::Deleted { .. } => (StatusCode::CONFLICT, "deleted", "The order is deleted"),
             Self::ContentFixed { .. } => (StatusCode::CONFLICT, "conflict", "The order takes no change now"),
+            Self::IllegalMove { .. } => (StatusCode::CONFLICT, "conflict", "The order cannot go there from here"),
             Self::ExternalIdTaken { .. } => {
                 (StatusCode::CONFLICT, "conflict", "This external id belongs to an order with other content")
             }
@@ -112,11 +129,20 @@ impl Problem {
             Self::ContentType => "send Content-Type: application/json".to_owned(),
             Self::TooLarge { limit } => format!("at most {limit} bytes are taken (MAX_BODY_BYTES)"),
             Self::ContentFixed { status, .. } => format!("orders that are {status} take no change of content"),
+            Self::IllegalMove { status, allowed, .. } if allowed.is_empty() => {
+                format!("orders that are {status} stay so")
+            }
+            Self::IllegalMove { status, allowed, .. } => {
+                format!("orders that are {status} can become {}", allowed.join(" or "))
+            }
             Self::Rejected { reason, .. } => reason.clone(),
             Self::Unavailable(detail) => (*detail).to_owned(),
+            Self::Unauthenticated => "send Authorization: Bearer with ADMIN_TOKEN".to_owned(),
+            Self::ParkedElsewise { state, detail } => format!("it is {state}; {detail}"),
             Self::Internal => "it is in our log".to_owned(),
             Self::UnknownOrder
             | Self::UnknownRequest
+            | Self::UnknownParked
             | Self::UnknownRoute
             | Self::MethodNotAllowed
             | Self::TooSlow
@@ -131,6 +157,10 @@ impl Problem {
             Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(100)] }),
             Self::Deleted { order_id } | Self::ExternalIdTaken { order_id } => json!({ "order_id": order_id }),
             Self::ContentFixed { order_id, status } => json!({ "order_id": order_id, "order_status": status }),
+            Self::ParkedElsewise { state, .. } => json!({ "state": state }),
+            Self::IllegalMove { order_id, status, allowed } => {
+                json!({ "order_id": order_id, "order_status": status, "allowed": allowed })
+            }
             Self::Rejected { order_id, correlation_id, order_status, order_version, .. } => json!({
                 "order_id": order_id, "correlation_id": correlation_id,
                 "order_status": order_status, "order_version": order_version,
@@ -163,6 +193,9 @@ impl Problem {
         let mut response = (status, Value::Object(body).to_string()).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());
         }

@@ -43,7 +43,7 @@ const LAST_ACTS: Duration = Duration::from_secs(2);
 const BODIES_KIB: usize = 64 * 1024;
 const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Serves on `listener` until `shutdown`, then finishes what has begun.
+/// Serves on `listener`, and operators on `admin`, until `shutdown`; then finishes what has begun.
 ///
 /// # Errors
 /// When the settings contradict each other, the database has a schema that is not ours, or a part
@@ -51,10 +51,11 @@ const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 pub async fn run(
     config: Config,
     listener: TcpListener,
+    admin: Option<TcpListener>,
     metrics: PrometheusHandle,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    config.check()?;
+    let defaults = config.check()?;
     let db = open(&config)?;
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
@@ -64,13 +65,18 @@ pub async fn run(
 
     // Those that must not end before the process does, and those that end with their last handle.
     let (mut vital, mut writers) = (JoinSet::new(), JoinSet::new());
-    let writer = Writer::start(&db, &outbox, &config.kafka.orders_events_topic, &mut writers);
+    let writer = Writer::start(&db, &outbox, defaults.lifecycles, &config.kafka.orders_events_topic, &mut writers);
     vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
     vital.spawn(serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone()));
     vital.spawn(look_after_outbox(outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
     vital.spawn(wait_for_start(replies.clone(), migrated.clone(), started.clone(), stop.clone()));
     let deleter = tokio::spawn(deleter);
 
+    let admin = admin.map(|listener| {
+        let admin = http::admin::Admin { db: db.clone(), token: config.admin_token() };
+        let stop = server::Stop { leaving: leaving.clone(), grace: Duration::ZERO, timeout: LAST_ACTS };
+        tokio::spawn(server::serve("admin", listener, http::admin::router(admin), stop))
+    });
     let orders = Orders {
         db,
         writer,
@@ -82,7 +88,7 @@ pub async fn run(
     };
     let app = Arc::new(AppState {
         orders,
-        defaults: config.defaults()?,
+        defaults,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,
         body_room: Arc::new(Semaphore::new(BODIES_KIB)),
@@ -125,6 +131,9 @@ pub async fn run(
     drop(outbox);
     let _ = tokio::time::timeout_at(deadline, async {
         while vital.join_next().await.is_some() {}
+        if let Some(admin) = admin {
+            let _ = admin.await;
+        }
         deleter.await
     })
     .await;

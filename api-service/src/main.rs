@@ -32,8 +32,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let Listen::At(address) = config.api.api_port else {
         anyhow::bail!("API_PORT=off leaves nothing to do");
     };
-    let listener = shared::server::bind("API_PORT", address).await?;
-    api_service::run(config, listener, metrics, shutdown).await
+    let listener = shared::server::bind("http", "API_PORT", address).await?;
+    let admin = match config.api.admin_port {
+        Listen::Off => None,
+        Listen::At(address) => Some(shared::server::bind("admin", "ADMIN_PORT", address).await?),
+    };
+    api_service::run(config, listener, admin, metrics, shutdown).await
 }
 
 async fn migrate(config: Config) -> anyhow::Result<()> {

@@ -19,7 +19,7 @@ use crate::{
     request::Upsert,
     store::read,
     waiters::{Waiter, Waiters},
-    writer::{Origin, Work, Writer, Written},
+    writer::{Move, Origin, Work, Writer, Written},
 };
 
 /// How often an answer to somebody else's request is looked for.
@@ -43,6 +43,7 @@ pub(crate) enum Operation {
     Created,
     Updated,
     Deleted,
+    Moved,
 }
 
 impl Operation {
@@ -51,6 +52,7 @@ impl Operation {
             Self::Created => "created",
             Self::Updated => "updated",
             Self::Deleted => "deleted",
+            Self::Moved => "status_changed",
         }
     }
 }
@@ -120,6 +122,22 @@ impl Orders {
                 let deadline = wait.filter(|_| waiter.is_some());
                 self.repeat(order_id, correlation_id, wait.is_some(), deadline).await
             }
+        }
+    }
+
+    /// Puts the order in another state; nobody waits, since the worker only notes it.
+    pub(crate) async fn relocate(&self, change: Move, trace: Headers) -> Result<Done, Problem> {
+        let (operation, correlation_id) = (Operation::Moved, Uuid::now_v7());
+        let origin = Origin { correlation_id, reply_to: None, trace };
+        match self.writer.write(Work::Move(change), origin).await? {
+            Written::Now { order_id, state } => {
+                metrics::counter!("orderstream_orders_accepted_total", "op" => operation.name()).increment(1);
+                Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Stored))
+            }
+            Written::Nothing { order_id, state } => {
+                Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Answered))
+            }
+            Written::Before { .. } => Err(Problem::Internal), // only what creates has a before
         }
     }
 

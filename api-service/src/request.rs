@@ -3,9 +3,11 @@
 
 use serde_json::value::RawValue;
 use shared::{
-    lifecycle::{self, Lifecycle},
+    lifecycle::{Lifecycle, Lifecycles, Need},
     money::Money,
-    order::{self, DELETED, MAX_ID, PayloadFields, Unknown, Violation, money, parse_items, text, total},
+    order::{
+        self, Content, DELETED, MAX_ID, PayloadFields, Unknown, Violation, money, parse_items, text, total, worth,
+    },
 };
 use uuid::Uuid;
 
@@ -64,6 +66,15 @@ pub struct Fields {
 }
 
 impl Fields {
+    fn content(&self) -> Content<'_> {
+        Content {
+            items: self.items.as_deref(),
+            amount: self.amount,
+            currency: self.currency.as_ref().and_then(Currency::code),
+            payload: self.payload.as_deref(),
+        }
+    }
+
     /// Bytes of all that was given.
     #[must_use]
     pub fn bytes(&self) -> usize {
@@ -82,6 +93,45 @@ pub enum Currency {
     Broken,
 }
 
+impl Currency {
+    /// `None` where it is none.
+    pub fn code(&self) -> Option<&str> {
+        match self {
+            Self::Known(code) => Some(code),
+            Self::Broken => None,
+        }
+    }
+}
+
+/// What an order of this lifecycle cannot do without, and has not.
+pub fn lacks(lifecycle: &Lifecycle, user_id: &str, content: &Content<'_>) -> Vec<Violation> {
+    let (needs, name) = (&lifecycle.requires, &lifecycle.name);
+    let mut violations = Vec::new();
+    let user_is_fine = match needs.user_id {
+        Need::None | Need::Any => true,
+        Need::Whole => user_id.parse::<i64>().is_ok(),
+    };
+    if !user_is_fine {
+        violations.push(Violation::new("/user_id", format!("must be a whole number in the lifecycle {name}")));
+    }
+    if needs.amount != Need::None {
+        match worth(content).map(|worth| worth.amount) {
+            // Of what only the payload holds, too: money or goods are asked for at once.
+            Err(reasons) => violations.extend(reasons),
+            Ok(None) => {
+                let reason = format!("is missing: the lifecycle {name} needs items or an amount");
+                violations.push(Violation::new("/amount", reason));
+            }
+            Ok(Some(amount)) if needs.amount == Need::Whole && !amount.is_whole_and_positive() => {
+                let reason = format!("must be a whole number and more than 0 in the lifecycle {name}, and is {amount}");
+                violations.push(Violation::new("/amount", reason));
+            }
+            Ok(Some(_)) => {}
+        }
+    }
+    violations
+}
+
 /// Why a body is not taken.
 #[derive(Debug)]
 pub enum BadRequest {
@@ -94,6 +144,7 @@ pub enum BadRequest {
 /// What applies where the body is silent.
 #[derive(Clone, Debug)]
 pub struct Defaults {
+    pub lifecycles: &'static Lifecycles,
     pub lifecycle: &'static Lifecycle,
     pub currency: String,
 }
@@ -137,7 +188,7 @@ impl Check {
         let order_id = self.order_id(body);
         let user_id = self.user_id(body, header_user);
         let external_id = self.id(body, "external_id").filter(|id| !id.is_empty());
-        let lifecycle = self.lifecycle(body);
+        let lifecycle = self.lifecycle(body, defaults.lifecycles);
         let deleting = self.status(body);
         let payload = self.payload(body);
         let from_payload = payload.as_ref().and_then(|(raw, _)| match PayloadFields::of(raw) {
@@ -155,7 +206,7 @@ impl Check {
         let fingerprint = |lifecycle: &Lifecycle, texts: &[Option<String>; 3]| {
             let of_text = |text: Option<&str>| text.map(Digest::of_text);
             Digest::of_fields(&[
-                ("lifecycle", of_text(Some(lifecycle.name))),
+                ("lifecycle", of_text(Some(&lifecycle.name))),
                 ("items", of_text(items.as_deref().map(RawValue::get))),
                 ("amount", amount.map(|amount| Digest::of_text(&amount.to_string()))),
                 ("currency", of_text(own_currency.as_deref())),
@@ -198,6 +249,9 @@ impl Check {
                     self.broken("user_id", "is missing: give it here or in the header X-User-Id");
                 }
                 let lifecycle = lifecycle.unwrap_or(defaults.lifecycle);
+                if self.violations.is_empty() {
+                    self.violations.extend(lacks(lifecycle, user_id.as_deref().unwrap_or_default(), &fields.content()));
+                }
                 Some(Upsert::Create(NewOrder { user_id: user_id?, external_id, lifecycle, fields, fingerprint }))
             }
             (Some(order_id), true) => Some(Upsert::Delete(Target { order_id, user_id })),
@@ -277,11 +331,11 @@ impl Check {
         self.checked_id("payload/id", id.into_owned())
     }
 
-    fn lifecycle(&mut self, body: &Body<'_>) -> Option<&'static Lifecycle> {
+    fn lifecycle(&mut self, body: &Body<'_>, known: &'static Lifecycles) -> Option<&'static Lifecycle> {
         let raw = body.get("lifecycle")?;
-        let found = text(raw).and_then(|name| lifecycle::find(&name));
+        let found = text(raw).and_then(|name| known.find(&name));
         if found.is_none() {
-            self.broken("lifecycle", format!("must be one of {}", lifecycle::names()));
+            self.broken("lifecycle", format!("must be one of {}", known.names()));
         }
         found
     }
@@ -370,9 +424,13 @@ mod tests {
     use super::*;
     use crate::body::FIELDS;
 
+    fn defaults() -> Defaults {
+        let lifecycles = Lifecycles::embedded().unwrap();
+        Defaults { lifecycles, lifecycle: lifecycles.find("marketplace").unwrap(), currency: "USD".into() }
+    }
+
     fn read(body: &str) -> Result<Upsert, BadRequest> {
-        let defaults = Defaults { lifecycle: lifecycle::find("marketplace").unwrap(), currency: "USD".into() };
-        parse(body.as_bytes(), None, &defaults)
+        parse(body.as_bytes(), None, &defaults())
     }
 
     fn created(body: &str) -> NewOrder {
@@ -458,8 +516,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let defaults = Defaults { lifecycle: lifecycle::find("marketplace").unwrap(), currency: "USD".into() };
-            let _ = parse(&body, Some("u"), &defaults);
+            let _ = parse(&body, Some("u"), &defaults());
         }
 
         #[test]

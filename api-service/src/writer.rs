@@ -16,6 +16,7 @@ use std::{
 
 use shared::{
     db::{Connection, Db, DbError, Fault},
+    lifecycle::Lifecycles,
     message::{Headers, ReplyTo, now},
     outbox::{Outbox, Placed},
 };
@@ -28,7 +29,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
-    change::{self, Decided},
+    change::{self, Context, Decided},
     error::Problem,
     request::{Change, Target},
     store::{change as store_change, insert, insert::NewRow, read},
@@ -54,6 +55,21 @@ pub(crate) enum Work {
     Create(Box<NewRow>),
     Update(Box<Change>),
     Delete(Target),
+    Move(Move),
+}
+
+/// An order to be put in another state, by somebody's hand.
+#[derive(Debug)]
+pub(crate) struct Move {
+    pub target: Target,
+    pub to: Destination,
+}
+
+#[derive(Debug)]
+pub(crate) enum Destination {
+    State(String),
+    /// Whatever state its lifecycle has for that.
+    Cancelled,
 }
 
 impl Work {
@@ -62,7 +78,7 @@ impl Work {
         let bytes = match self {
             Self::Create(row) => 2 * row.event.body.len(),
             Self::Update(change) => change.fields.bytes(),
-            Self::Delete(_) => 0,
+            Self::Delete(_) | Self::Move(_) => 0,
         };
         u32::try_from(bytes / 1024).unwrap_or(u32::MAX).saturating_add(1)
     }
@@ -106,11 +122,17 @@ pub(crate) struct Writer {
 
 impl Writer {
     /// Starts the writers among `tasks`; they end when the last handle is dropped.
-    pub(crate) fn start(db: &Db, outbox: &Outbox, topic: &str, tasks: &mut JoinSet<()>) -> Self {
+    pub(crate) fn start(
+        db: &Db,
+        outbox: &Outbox,
+        lifecycles: &'static Lifecycles,
+        topic: &str,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
         let mut start = || {
             let (sender, queue) = mpsc::channel(QUEUE);
-            let (db, outbox) = (db.clone(), outbox.clone());
-            tasks.spawn(Task { db, outbox, topic: topic.to_owned(), queue, later: VecDeque::new() }.run());
+            let (db, outbox, topic) = (db.clone(), outbox.clone(), topic.to_owned());
+            tasks.spawn(Task { db, outbox, lifecycles, topic, queue, later: VecDeque::new() }.run());
             sender
         };
         Self {
@@ -164,6 +186,7 @@ impl Key {
             }
             Work::Update(change) => Some(Self::Order(change.target.order_id)),
             Work::Delete(target) => Some(Self::Order(target.order_id)),
+            Work::Move(change) => Some(Self::Order(change.target.order_id)),
         }
     }
 }
@@ -171,6 +194,7 @@ impl Key {
 struct Task {
     db: Db,
     outbox: Outbox,
+    lifecycles: &'static Lifecycles,
     topic: String,
     queue: mpsc::Receiver<Command>,
     /// Second changes of an order or external id that the last batch had already.
@@ -212,7 +236,7 @@ impl Task {
     async fn write_all(&self, mut batch: Vec<Command>) {
         batch.sort_by_cached_key(|command| match &command.work {
             Work::Create(row) => (row.user_id.clone(), row.external_id.clone()),
-            Work::Update(_) | Work::Delete(_) => Default::default(),
+            Work::Update(_) | Work::Delete(_) | Work::Move(_) => Default::default(),
         });
         let mut parts = vec![batch];
         while let Some(part) = parts.pop() {
@@ -226,7 +250,7 @@ impl Task {
                         let _ = command.reply.send(result);
                     }
                 }
-                Err(error) if error.fault() == Fault::Data && part.len() > 1 => {
+                Err(error) if matches!(error.fault(), Fault::Data | Fault::Locked) && part.len() > 1 => {
                     let mut first = part;
                     let second = first.split_off(first.len() / 2);
                     parts.extend([second, first]);
@@ -313,6 +337,7 @@ impl Task {
         let targets = part.iter().map(|command| match &command.work {
             Work::Update(change) => change.target.order_id,
             Work::Delete(target) => target.order_id,
+            Work::Move(change) => change.target.order_id,
             Work::Create(row) => row.order_id,
         });
         let ids: Vec<Uuid> = targets.collect();
@@ -324,8 +349,10 @@ impl Task {
             let mut rows = Vec::with_capacity(part.len());
             let mut results = Vec::with_capacity(part.len());
             for (command, order_id) in part.iter().zip(&ids) {
+                let (lifecycles, topic) = (self.lifecycles, self.topic.as_str());
+                let context = Context { lifecycles, origin: &command.origin, at, topic };
                 let decided = match locked.remove(order_id) {
-                    Some(order) => change::decide(order, &command.work, &command.origin, at, &self.topic),
+                    Some(order) => change::decide(order, &command.work, context),
                     None => Err(Problem::UnknownOrder),
                 };
                 results.push(decided.map(|Decided { row, written }| {
@@ -333,18 +360,14 @@ impl Task {
                     written
                 }));
             }
-            let places = match rows.as_slice() {
-                [] => HashMap::new(),
-                rows => store_change::write_changes(connection, rows, at, &self.topic).await?,
+            let sent = match rows.as_slice() {
+                [] => Vec::new(),
+                rows => store_change::write_changes(connection, rows, at).await?,
             };
-            Ok((rows, places, results, began))
+            Ok((sent, results, began))
         };
-        let (rows, mut places, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
-        let placed = rows.into_iter().filter_map(|row| {
-            let place = places.remove(&row.order.order_id)?;
-            Some(Placed { message: row.event?, place })
-        });
-        self.outbox.publish(placed.collect(), began);
+        let (sent, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
+        self.outbox.publish(sent, began);
         Ok(results)
     }
 }

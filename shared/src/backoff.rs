@@ -28,6 +28,15 @@ impl Backoff {
         whole.mul_f64(rand::rng().random_range(0.5..=1.0))
     }
 
+    /// How long to wait after so many attempts in a row that failed, for those who keep only their
+    /// number.
+    #[must_use]
+    pub fn after(&self, failures: u32) -> Duration {
+        let doublings = failures.saturating_sub(1).min(31);
+        let whole = self.floor.saturating_mul(1 << doublings).min(self.ceiling);
+        Self::new(whole, whole).delay()
+    }
+
     /// After a success.
     pub fn reset(&mut self) {
         self.next = self.floor;
@@ -53,6 +62,8 @@ mod tests {
             }
             backoff.reset();
             prop_assert!(backoff.delay() <= floor);
+            let after = backoff.after(u32::try_from(attempts).unwrap());
+            prop_assert!(after >= floor / 2 && after <= ceiling, "{:?}", after);
         }
     }
 }

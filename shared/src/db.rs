@@ -62,6 +62,8 @@ pub enum Fault {
     Data,
     /// Two transactions got in each other's way; the same again may succeed.
     Contention,
+    /// Somebody keeps a lock that we want for longer than we wait.
+    Locked,
     /// The server: it stops, is full, is read-only, is not migrated.
     Server,
 }
@@ -86,11 +88,25 @@ impl From<bb8::RunError<tokio_postgres::Error>> for DbError {
 }
 
 impl DbError {
+    /// What happened and why, in one line.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut line = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            line.push_str(": ");
+            line.push_str(&error.to_string());
+            source = error.source();
+        }
+        line
+    }
+
     #[must_use]
     pub fn fault(&self) -> Fault {
         let Self::Refused(error) = self else { return Fault::Server };
         // Classes of SQLSTATE, PostgreSQL manual, appendix A.
         match error.code().map(|state| &state.code()[..2]) {
+            _ if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Fault::Locked,
             Some("40") => Fault::Contention,
             // Data exceptions, violated constraints, cardinality, limits of the program, and what
             // a trigger or function raises.
@@ -243,9 +259,11 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings) -> anyhow::Re
     // The plans: our statements join a handful of ids with an index. Prepared while the tables
     // are still empty, the planner would choose to read them whole, and keep to that as they grow.
     let set_up = format!(
-        "set statement_timeout = {}; set enable_seqscan = off; set enable_hashjoin = off; \
+        "set statement_timeout = {}; set lock_timeout = {}; set enable_seqscan = off; set enable_hashjoin = off; \
          set enable_mergejoin = off; set plan_cache_mode = force_generic_plan; set jit = off",
-        settings.write_timeout.as_millis()
+        settings.write_timeout.as_millis(),
+        // Well before all that is in the same statement runs out of time.
+        (settings.write_timeout / 3).as_millis()
     );
     let manager = Manager { inner: PostgresConnectionManager::new(config, tls::connector(&tls)?), set_up };
     Ok(bb8::Pool::builder()

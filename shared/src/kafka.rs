@@ -20,7 +20,9 @@ use rdkafka::{
     producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer as _},
 };
 
-use crate::{message::Headers, settings::KafkaSettings};
+use tokio::time::Instant;
+
+use crate::{backoff::Backoff, message::Headers, settings::KafkaSettings};
 
 /// How long a message may wait in memory for the broker. Below the sweeper's grace, so that it
 /// never sends what is still on its way from here.
@@ -275,7 +277,7 @@ pub async fn ensure_topics(settings: &KafkaSettings, topics: &[&str]) -> anyhow:
             }
         }
     }
-    let copies = if new.is_empty() { known } else { copies_by_topic(&admin).await? };
+    let copies = if new.is_empty() { known } else { wait_until_known(&admin, topics).await? };
     for topic in topics.iter().filter(|topic| copies.get(**topic) == Some(&1) && !settings.is_development()) {
         tracing::warn!(
             topic,
@@ -283,6 +285,27 @@ pub async fn ensure_topics(settings: &KafkaSettings, topics: &[&str]) -> anyhow:
         );
     }
     Ok(())
+}
+
+/// A broker hears of new topics a moment after they are made. Whoever subscribes before that reads
+/// nothing of them until it next asks what there is.
+async fn wait_until_known(
+    admin: &Arc<AdminClient<Context>>,
+    topics: &[&str],
+) -> anyhow::Result<HashMap<String, usize>> {
+    let mut pause = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
+    let end = Instant::now() + ADMIN_TIMEOUT;
+    loop {
+        let copies = copies_by_topic(admin).await?;
+        let unknown: Vec<_> = topics.iter().filter(|topic| copies.get(**topic).is_none_or(|n| *n == 0)).collect();
+        if unknown.is_empty() {
+            return Ok(copies);
+        }
+        if Instant::now() > end {
+            bail!("the broker does not know of topics that it has made: {unknown:?}");
+        }
+        tokio::time::sleep(pause.delay()).await;
+    }
 }
 
 async fn copies_by_topic(admin: &Arc<AdminClient<Context>>) -> anyhow::Result<HashMap<String, usize>> {

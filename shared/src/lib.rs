@@ -3,12 +3,14 @@
 
 pub mod backoff;
 pub mod db;
+pub mod emission;
 pub mod kafka;
 pub mod lifecycle;
 pub mod message;
 pub mod money;
 pub mod order;
 pub mod outbox;
+pub mod parked;
 pub mod server;
 pub mod settings;
 pub mod shutdown;

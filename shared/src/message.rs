@@ -19,6 +19,8 @@ pub enum EventType {
     Updated,
     #[serde(rename = "order.deleted")]
     Deleted,
+    #[serde(rename = "order.status_changed")]
+    StatusChanged,
 }
 
 impl EventType {
@@ -28,6 +30,7 @@ impl EventType {
             Self::Created => "order.created",
             Self::Updated => "order.updated",
             Self::Deleted => "order.deleted",
+            Self::StatusChanged => "order.status_changed",
         }
     }
 }
@@ -67,7 +70,7 @@ pub struct Event<'a> {
 pub enum AckStatus {
     /// A create or update was handled.
     Processed,
-    /// A delete was noted.
+    /// A delete or a change of status was noted.
     Updated,
     /// The content was refused for good.
     Rejected,

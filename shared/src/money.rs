@@ -72,6 +72,12 @@ impl Money {
         Self::try_from(self.0.checked_add(other.0)?).ok()
     }
 
+    /// 1, 2, 3.00, …
+    #[must_use]
+    pub fn is_whole_and_positive(self) -> bool {
+        self.0.is_integer() && !self.0.is_zero()
+    }
+
     #[must_use]
     pub fn decimal(self) -> Decimal {
         self.0

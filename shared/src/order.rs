@@ -9,6 +9,7 @@ use serde::{
     de::{Deserializer, IgnoredAny, MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
+use uuid::Uuid;
 
 use crate::money::{Money, MoneyError};
 
@@ -17,6 +18,25 @@ pub const DELETED: &str = "deleted";
 
 /// Longest user id, external id and product id, in characters.
 pub const MAX_ID: usize = 255;
+
+/// Namespace of the ids that stand for other systems' texts.
+const ORDERS_OF_OTHERS: Uuid = Uuid::NAMESPACE_OID;
+
+/// The order that an id from elsewhere stands for: a UUID for itself, other text for the UUIDv5 of
+/// it (RFC 9562, section 5.5, in the OID namespace).
+#[must_use]
+pub fn order_id_of(text: &str) -> Uuid {
+    Uuid::try_parse(text).unwrap_or_else(|_| Uuid::new_v5(&ORDERS_OF_OTHERS, text.as_bytes()))
+}
+
+/// The id under which others know an order: their own text, where the order's id stands for it.
+#[must_use]
+pub fn public_id<'a>(order_id: Uuid, external_id: Option<&'a str>) -> Cow<'a, str> {
+    match external_id {
+        Some(text) if order_id == Uuid::new_v5(&ORDERS_OF_OTHERS, text.as_bytes()) => text.into(),
+        _ => order_id.hyphenated().to_string().into(),
+    }
+}
 
 const QUANTITIES: std::ops::RangeInclusive<u32> = 1..=1_000_000;
 

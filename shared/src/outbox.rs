@@ -58,8 +58,8 @@ macro_rules! these_rows {
     };
 }
 
-/// The primary key of a row.
-type RowId = (Uuid, i64, i16);
+/// The primary key of a row: order, version, and place among the messages of that version.
+pub type RowId = (Uuid, i64, i16);
 
 /// A message and where its row lies (`ctid`, as text): found again without an index. Rows of the
 /// outbox are never updated, so they stay where they were written.
@@ -67,6 +67,16 @@ type RowId = (Uuid, i64, i16);
 pub struct Placed {
     pub message: Arc<Message>,
     pub place: String,
+}
+
+/// Messages with where their rows lie, as the statement that wrote them has returned it.
+#[must_use]
+pub fn placed(messages: Vec<Arc<Message>>, mut places: HashMap<RowId, String>) -> Vec<Placed> {
+    let placed = |message: Arc<Message>| {
+        let place = places.remove(&(message.order_id, message.version, message.seq))?;
+        Some(Placed { message, place })
+    };
+    messages.into_iter().filter_map(placed).collect()
 }
 
 /// Sends the messages of committed transactions and forgets those that the broker has.
@@ -437,14 +447,28 @@ async fn park(db: &Db, message: &Message, reason: &str) -> Result<(), DbError> {
 
 async fn insert_parked(connection: &Connection, message: &Message, reason: &str) -> Result<(), DbError> {
     const SQL: &str = "
-        insert into parked_messages (order_id, topic, key, headers, body, state, attempts, reason)
-        values ($1, $2, $3, $4::text::json, $5, 'dead', 1, $6)";
+        insert into parked_messages
+            (order_id, topic, key, headers, body, state, kind, attempts, reason, version, seq, errors)
+        values ($1, $2, $3, $4::text::json, $5, 'dead', 'unsent', 1, $6, $7, $8,
+            jsonb_build_array(jsonb_build_object('at', clock_timestamp(), 'error', $6::text)))";
     tracing::error!(order.id = %message.order_id, topic = message.topic, reason, "Kafka refuses a message for good; parked");
     let (key, body) = (message.key.as_bytes(), message.body.as_bytes());
     let statement = connection.prepared(SQL).await?;
     connection
         .client()
-        .execute(&statement, &[&message.order_id, &message.topic, &key, &message.headers.to_json(), &body, &reason])
+        .execute(
+            &statement,
+            &[
+                &message.order_id,
+                &message.topic,
+                &key,
+                &message.headers.to_json(),
+                &body,
+                &reason,
+                &message.version,
+                &message.seq,
+            ],
+        )
         .await?;
     Ok(())
 }

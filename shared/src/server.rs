@@ -121,15 +121,15 @@ fn closing(mut response: Response) -> Response {
     response
 }
 
-/// Binds, and says on stdout where: with port 0 nobody could know otherwise.
+/// Binds, and says on stdout where, as `name`: with port 0 nobody could know otherwise.
 ///
 /// # Errors
 /// When the address is taken; the message names it and the setting to change.
-pub async fn bind(setting: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+pub async fn bind(name: &str, setting: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
     use anyhow::Context as _;
     let listener = TcpListener::bind(address).await.with_context(|| {
         format!("cannot listen on {address}; set {setting} to another port, or to 0 for a free one")
     })?;
-    println!("http: listening on {}", listener.local_addr()?);
+    println!("{name}: listening on {}", listener.local_addr()?);
     Ok(listener)
 }

@@ -2,12 +2,19 @@
 //! clap reads flags and environment; what it cannot know (older names, `.env`) is put before the
 //! flags, which therefore win.
 
-use std::{collections::HashMap, ffi::OsString, net::SocketAddr, path::Path, str::FromStr, time::Duration};
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 
 use anyhow::bail;
 use clap::{ArgAction, Args, Parser};
 
-use crate::db::PoolSettings;
+use crate::{db::PoolSettings, lifecycle::Lifecycles};
 
 /// Names that the five seed systems use for the same thing.
 const OLDER_NAMES: &[(&str, &str)] = &[
@@ -113,6 +120,9 @@ pub struct KafkaSettings {
     /// The worker's answers
     #[arg(long, env = "ORDERS_ACK_TOPIC", value_name = "ORDERS_ACK_TOPIC", default_value = "orders.ack", value_parser = topic)]
     pub orders_ack_topic: String,
+    /// Folder of lifecycles (*.toml) beside the release's own, or in their place by name
+    #[arg(long, env = "LIFECYCLES_DIR", value_name = "LIFECYCLES_DIR")]
+    pub lifecycles_dir: Option<PathBuf>,
     /// Age in milliseconds at which the sweeper sends a message that its writer did not
     #[arg(long, env = "OUTBOX_GRACE_MS", value_name = "OUTBOX_GRACE_MS", default_value = "10000", value_parser = clap::value_parser!(u64).range(7_000..=3_600_000))]
     pub outbox_grace_ms: u64,
@@ -169,6 +179,16 @@ impl KafkaSettings {
     #[must_use]
     pub fn is_development(&self) -> bool {
         self.service.environment == "development"
+    }
+
+    /// Reads and checks the lifecycles' files; their topics and times may be variables of the
+    /// environment or of `.env`.
+    ///
+    /// # Errors
+    /// Naming file, key and remedy.
+    pub fn lifecycles(&self) -> anyhow::Result<&'static Lifecycles> {
+        let folder = self.lifecycles_dir.as_deref().filter(|folder| !folder.as_os_str().is_empty());
+        Lifecycles::load(folder, &[&self.orders_events_topic, &self.orders_ack_topic], &variables())
     }
 
     #[must_use]
@@ -273,7 +293,7 @@ pub fn topic(text: &str) -> Result<String, String> {
 
 /// `30m`, `1h30m`, `500ms`, as Go prints them. Shorter would only burn the processor, and longer
 /// is not what anybody means.
-fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     const RANGE: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(7 * 24 * 3600);
     match humantime::parse_duration(text) {
         Ok(duration) if RANGE.contains(&duration) => Ok(duration),
@@ -285,18 +305,26 @@ fn duration(text: &str) -> Result<Duration, String> {
 /// Reads the settings of a process; prints help or an error and exits where clap does.
 #[must_use]
 pub fn parse<S: Parser>() -> S {
-    let dotenv = match dotenvy::from_path_iter(Path::new(".env")) {
-        Ok(pairs) => match pairs.collect::<Result<HashMap<_, _>, _>>() {
-            Ok(pairs) => pairs,
-            Err(error) => {
-                eprintln!("error: .env: {error}");
-                std::process::exit(2);
-            }
-        },
-        Err(_) => HashMap::new(),
-    };
+    let dotenv = dotenv().unwrap_or_else(|error| {
+        eprintln!("error: .env: {error}");
+        std::process::exit(2);
+    });
     let environment = |name: &str| std::env::var(name).ok();
     parse_from(std::env::args_os(), environment, &dotenv).unwrap_or_else(|error| error.exit())
+}
+
+/// What lifecycles' files may name: variables of the environment, else of `.env`.
+pub fn variables() -> impl Fn(&str) -> Option<String> {
+    let dotenv = dotenv().unwrap_or_default();
+    move |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty()).or_else(|| dotenv.get(name).cloned())
+}
+
+/// The pairs of `.env`; none where there is no such file.
+fn dotenv() -> Result<HashMap<String, String>, dotenvy::Error> {
+    match dotenvy::from_path_iter(Path::new(".env")) {
+        Ok(pairs) => pairs.collect(),
+        Err(_) => Ok(HashMap::new()),
+    }
 }
 
 /// As [`parse`], over any environment but clap's own reading of it.

@@ -73,7 +73,10 @@ const FAULTS: &[(&str, &str)] = &[
          group by user_id, external_id having count(*) > 1",
     ),
     ("orders left unhandled", "select order_id::text from orders where status = 'new'"),
-    ("parked messages", "select id::text || ': ' || coalesce(reason, '') from parked_messages"),
+    (
+        "messages parked and not handled since",
+        "select id::text || ': ' || coalesce(reason, '') from parked_messages where state <> 'done'",
+    ),
 ];
 
 /// The events that clients caused and the worker has not decided yet.

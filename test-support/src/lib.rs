@@ -26,7 +26,7 @@ pub use instances::{PrivateKafka, PrivatePostgres};
 pub use kafka::{Headers, Message, Record, TestKafka, Topics};
 pub use ledger::{Accepted, Ledger};
 pub use orders::{item, order};
-pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start};
+pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start, run_to_end};
 pub use proxy::{Mode, Proxy};
 pub use system::System;
 pub use wait::{eventually, wait_for};

@@ -52,6 +52,13 @@ impl Api {
     pub async fn spawn(settings: &Settings) -> Self {
         Self(Service::spawn("api-service", "API_PORT", settings).await)
     }
+
+    /// A client for the operators' routes.
+    pub fn admin(&self) -> HttpClient {
+        let log = self.0.log.text();
+        let address = log.lines().find_map(|line| line.strip_prefix("admin: listening on "));
+        HttpClient::new(address.unwrap_or_else(|| panic!("no operators' routes in the log:\n{log}")))
+    }
 }
 
 impl Deref for Api {
@@ -99,8 +106,10 @@ pub struct Service {
 impl Service {
     async fn spawn(name: &'static str, port_key: &str, settings: &Settings) -> Self {
         let mut command = command(name, settings);
-        if !settings.0.contains_key(port_key) {
-            command.env(port_key, "127.0.0.1:0");
+        for key in [port_key, "ADMIN_PORT"] {
+            if !settings.0.contains_key(key) {
+                command.env(key, "127.0.0.1:0");
+            }
         }
         let mut child = command.spawn().unwrap_or_else(|error| panic!("starting {name}: {error}"));
         let log = Log::default();
@@ -264,6 +273,20 @@ pub async fn refused_at_start(name: &'static str, settings: &Settings) -> String
     assert!(!status.success(), "{name} ended with {status}");
     assert!(!log.saw_panic(), "{name} has panicked; its log:\n{}", log.text());
     log.text()
+}
+
+/// Runs a command of a binary's to its end: its exit code, and what it said; what it complained of
+/// only where it failed.
+pub async fn run_to_end(name: &'static str, args: &[&str], settings: &Settings) -> (Option<i32>, String) {
+    let mut command = command(name, settings);
+    command.args(args);
+    let run = tokio::task::spawn_blocking(move || command.output());
+    let output = run.await.expect("no panic").unwrap_or_else(|error| panic!("running {name}: {error}"));
+    let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        said.push_str(&String::from_utf8_lossy(&output.stderr));
+    }
+    (output.status.code(), said)
 }
 
 /// Resident memory of a process, in KiB.

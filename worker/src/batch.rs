@@ -1,23 +1,48 @@
 //! Handles one batch of records: most in a single statement, the rest under their orders' locks.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use shared::{
     db::{Connection, Db, DbError},
-    message::{Ack, Answer, Event, Headers, ReplyTo, now},
+    emission::{self, Sender},
+    lifecycle::{Lifecycles, template::Subject},
+    message::{Ack, AckStatus, Answer, Event, EventType, Headers, Message, ReplyTo, now},
+    order::order_id_of,
+    outbox::{Outbox, Placed},
+    parked::{Kind as ParkedKind, State},
 };
+use time::OffsetDateTime;
+use tokio::{sync::Notify, time::Instant};
 use uuid::Uuid;
 
 use crate::{
-    handler::{Handling, Order, after, as_told, handle},
-    record::Record,
-    store::{self, Handled},
+    config::RetrySettings,
+    handler::{Handling, Kind, Order, Trouble, after, as_told, handle, receive},
+    record::{Record, Said},
+    store::{
+        self, Found, Handled, Locked,
+        parked::{self, Park},
+    },
 };
 
-/// Who sends our answers (CloudEvents `source`).
-const SOURCE: &str = "/orderstream/worker";
+/// Who sends our answers and messages (CloudEvents `source`).
+pub(crate) const SOURCE: &str = "/orderstream/worker";
 /// The type of our answers (CloudEvents `type`).
 const ACK_TYPE: &str = "order.ack";
+
+/// What handling needs.
+#[derive(Clone)]
+pub(crate) struct Handler {
+    pub db: Db,
+    pub outbox: Outbox,
+    pub lifecycles: &'static Lifecycles,
+    pub retries: RetrySettings,
+    /// Something parked may be tried now.
+    pub wake: Arc<Notify>,
+}
 
 /// An answer for somebody who waits.
 #[derive(Debug)]
@@ -29,152 +54,505 @@ pub(crate) struct Reply {
 }
 
 /// A record that can be read.
-struct Told<'a> {
-    record: &'a Record,
-    event: Event<'a>,
+pub(crate) struct Told<'a> {
+    pub record: &'a Record,
+    pub said: Said<'a>,
 }
 
-/// Handles these records, all of them or, when it fails, as many as were committed before: doing
-/// it again does nothing twice. The answers that are awaited come back.
-pub(crate) async fn handle_batch(db: &Db, records: &[Record]) -> Result<Vec<Reply>, DbError> {
-    let connection = db.connection().await?;
-    let deadline = db.settings.write_timeout;
-    let mut told = Vec::with_capacity(records.len());
-    for record in records {
-        match record.event() {
-            Ok(event) => told.push(Told { record, event }),
-            Err(reason) => connection.within(deadline, park(&connection, record, None, &reason)).await?,
-        }
-    }
-    let mut replies = Vec::with_capacity(told.len());
-    let rest = connection.within(deadline, move_unchanged(&connection, told, &mut replies)).await?;
-    if !rest.is_empty() {
-        let dead = connection.transaction(deadline, under_locks(&connection, &rest, &mut replies)).await?;
-        for (told, reason) in dead {
-            let order_id = Some(told.event.order_id);
-            connection.within(deadline, park(&connection, told.record, order_id, &reason)).await?;
-        }
-    }
-    Ok(replies)
+/// What handling under locks came to.
+#[derive(Default)]
+pub(crate) struct Outcome<'a> {
+    pub replies: Vec<Reply>,
+    /// To be published once it is committed.
+    pub sent: Vec<Placed>,
+    /// What could not be handled now.
+    pub parks: Vec<Park<'a>>,
+    /// Messages that had come too early may be tried now.
+    pub woke: bool,
 }
 
-/// The way of nearly all: orders that are still as their event tells. Returns the others.
-async fn move_unchanged<'a>(
-    connection: &Connection,
-    told: Vec<Told<'a>>,
-    replies: &mut Vec<Reply>,
-) -> Result<Vec<Told<'a>>, DbError> {
-    let mut times: HashMap<Uuid, usize> = HashMap::with_capacity(told.len());
-    for Told { event, .. } in &told {
-        *times.entry(event.order_id).or_default() += 1;
-    }
-    let (mut rows, mut candidates, mut rest) = (Vec::new(), Vec::new(), Vec::new());
-    for told in told {
-        let handling = handle(&as_told(&told.event), &told.event);
-        match handling {
-            // Two events of one order are handled one after the other.
-            Ok(handling) if !handling.kind.is_ignored() && times[&told.event.order_id] == 1 => {
-                rows.push(handled(&told.event, handling));
-                candidates.push(told);
-            }
-            _ => rest.push(told),
-        }
-    }
-    if rows.is_empty() {
-        return Ok(rest);
-    }
-    let moved = store::move_unchanged(connection, &rows, now()).await?;
-    for (told, row) in candidates.into_iter().zip(rows) {
-        if moved.contains(&told.event.order_id) {
-            count(&row.handling);
-            replies.extend(reply(&told, row.handling.answer));
-        } else {
-            rest.push(told);
-        }
-    }
-    Ok(rest)
+/// Who a message of a lifecycle is about.
+pub(crate) struct Parties<'a> {
+    pub user_id: &'a str,
+    pub external_id: Option<&'a str>,
+    pub items: Option<&'a serde_json::value::RawValue>,
+    pub payload: Option<&'a serde_json::value::RawValue>,
 }
 
-/// Handles what is left in sequence, each on what the last made of the order. Returns those whose
-/// order is not there, or cannot be.
-async fn under_locks<'t, 'a>(
-    connection: &Connection,
-    told: &'t [Told<'a>],
-    replies: &mut Vec<Reply>,
-) -> Result<Vec<(&'t Told<'a>, String)>, DbError> {
-    let mut ids: Vec<Uuid> = told.iter().map(|told| told.event.order_id).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    let found = store::lock_orders(connection, &ids).await?;
-    let causes: Vec<_> = told.iter().map(|told| (told.event.order_id, told.event.event_id)).collect();
-    let mut answers = store::answers(connection, &causes).await?;
-    let mut orders = found.clone();
-    let (mut rows, mut dead, mut changed) = (Vec::new(), Vec::new(), HashSet::new());
-    for told in told {
-        let event = &told.event;
-        let cause = (event.order_id, event.event_id.to_string());
-        if let Some(answer) = answers.get(&cause) {
-            metrics::counter!("orderstream_worker_handled_total", "result" => "repeated").increment(1);
-            replies.extend(reply(told, answer.clone()));
-            continue;
-        }
-        let Some(order) = orders.get_mut(&event.order_id) else {
-            dead.push((told, "there is no such order".to_owned()));
-            continue;
-        };
-        match handle(order, event) {
-            Err(reason) => dead.push((told, reason)),
-            Ok(handling) => {
-                *order = after(order, &handling);
-                if !handling.kind.is_ignored() {
-                    changed.insert(event.order_id);
+impl Handler {
+    /// Handles these records, all of them or, when it fails, as many as were committed before:
+    /// doing it again does nothing twice. The answers that are awaited come back.
+    pub(crate) async fn handle_batch(&self, records: &[Record]) -> Result<Vec<Reply>, DbError> {
+        let connection = self.db.connection().await?;
+        let deadline = self.db.settings.write_timeout;
+        let mut told = Vec::with_capacity(records.len());
+        for record in records {
+            match record.read(self.lifecycles) {
+                Ok(said) => told.push(Told { record, said }),
+                Err(reason) => {
+                    let park = park(record, None, &Trouble::Hopeless(reason), now(), &self.retries);
+                    connection.within(deadline, parked::insert(&connection, &park, now())).await?;
                 }
-                count(&handling);
-                answers.insert(cause, handling.answer.clone());
-                replies.extend(reply(told, handling.answer.clone()));
-                rows.push(handled(event, handling));
             }
         }
+        let mut replies = Vec::with_capacity(told.len());
+        let began = Instant::now();
+        let (rest, sent) = connection.within(deadline, self.move_unchanged(&connection, told, &mut replies)).await?;
+        self.outbox.publish(sent, began);
+        if !rest.is_empty() {
+            let began = Instant::now();
+            let work = async {
+                let outcome = self.under_locks(&connection, &rest, false).await?;
+                for park in &outcome.parks {
+                    parked::insert(&connection, park, now()).await?;
+                }
+                Ok(outcome)
+            };
+            let outcome = connection.transaction(deadline, work).await?;
+            self.committed(&outcome, began);
+            replies.extend(outcome.replies);
+        }
+        Ok(replies)
     }
-    if !rows.is_empty() {
-        let changed: Vec<(Uuid, i64, Order)> =
-            changed.into_iter().map(|id| (id, found[&id].version, orders[&id].clone())).collect();
-        store::write_handlings(connection, &rows, &changed, now()).await?;
+
+    /// What is to be done when a transaction under locks has committed, but for the answers.
+    pub(crate) fn committed(&self, outcome: &Outcome<'_>, began: Instant) {
+        self.outbox.publish(outcome.sent.clone(), began);
+        if outcome.woke {
+            self.wake.notify_one();
+        }
     }
-    Ok(dead)
+
+    /// Which of these records, by place, are of orders that somebody else keeps locked?
+    pub(crate) async fn locked_by_others(&self, records: &[Record]) -> Result<HashSet<usize>, DbError> {
+        let connection = self.db.connection().await?;
+        let orders: Vec<Option<Uuid>> =
+            records.iter().map(|record| record.read(self.lifecycles).ok().map(|said| said.order_id())).collect();
+        let ids: Vec<Uuid> = orders.iter().flatten().copied().collect();
+        let work = store::locked_by_others(&connection, &ids);
+        let locked = connection.transaction(self.db.settings.query_timeout, work).await?;
+        let places = orders.iter().enumerate().filter(|(_, id)| id.is_some_and(|id| locked.contains(&id)));
+        Ok(places.map(|(place, _)| place).collect())
+    }
+
+    /// Sets aside the one record that the database refuses, under its order's lock. Its caller
+    /// is told at once.
+    pub(crate) async fn park_refused(&self, record: &Record, error: &str) -> Result<Vec<Reply>, DbError> {
+        let connection = self.db.connection().await?;
+        let said = record.read(self.lifecycles);
+        let at = now();
+        let work = async {
+            let mut replies = Vec::new();
+            let order_id = said.as_ref().ok().map(Said::order_id);
+            let mut park = park(record, order_id, &Trouble::Failed(error.to_owned()), at, &self.retries);
+            if let (Ok(said), Some(order_id)) = (&said, order_id) {
+                let locked = store::lock_orders(&connection, &[order_id]).await?;
+                let cause = (order_id, said.cause());
+                if store::answers(&connection, std::slice::from_ref(&cause)).await?.contains_key(&cause) {
+                    return Ok(replies); // another worker has handled it meanwhile
+                }
+                if parked::blocked(&connection, &[order_id]).await?.contains(&order_id) {
+                    behind(&mut park);
+                }
+                let order = locked.get(&order_id).map(|locked| &locked.order);
+                replies.extend(order.and_then(|order| reply(&Asked::of(record, said), put_off(order))));
+            }
+            parked::insert(&connection, &park, at).await?;
+            Ok(replies)
+        };
+        let replies = connection.transaction(self.db.settings.write_timeout, work).await?;
+        tell_parked(record, None, error);
+        Ok(replies)
+    }
+
+    /// The way of nearly all: orders that are still as their event tells. Returns the others.
+    async fn move_unchanged<'a>(
+        &self,
+        connection: &Connection,
+        told: Vec<Told<'a>>,
+        replies: &mut Vec<Reply>,
+    ) -> Result<(Vec<Told<'a>>, Vec<Placed>), DbError> {
+        let at = now();
+        let mut times: HashMap<Uuid, usize> = HashMap::with_capacity(told.len());
+        for Told { said, .. } in &told {
+            *times.entry(said.order_id()).or_default() += 1;
+        }
+        let (mut rows, mut messages, mut candidates, mut rest) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for told in told {
+            // Two messages of one order are handled one after the other.
+            let handled = match &told.said {
+                Said::Event(event) if times[&event.order_id] == 1 => self.as_it_was_told(event, told.record, at),
+                _ => None,
+            };
+            match handled {
+                Some((handling, emitted)) => {
+                    rows.push(row(&told.said, handling));
+                    messages.extend(emitted);
+                    candidates.push(told);
+                }
+                None => rest.push(told),
+            }
+        }
+        if rows.is_empty() {
+            return Ok((rest, Vec::new()));
+        }
+        let (moved, sent) = store::move_unchanged(connection, &rows, messages, at).await?;
+        for (told, row) in candidates.into_iter().zip(rows) {
+            if moved.contains(&row.order_id) {
+                count(row.handling.kind);
+                replies.extend(reply(&Asked::of(told.record, &told.said), row.handling.answer));
+            } else {
+                rest.push(told);
+            }
+        }
+        Ok((rest, sent))
+    }
+
+    /// What an event comes to if nothing has happened to its order since.
+    fn as_it_was_told(
+        &self,
+        event: &Event<'_>,
+        record: &Record,
+        at: OffsetDateTime,
+    ) -> Option<(Handling, Vec<Arc<Message>>)> {
+        let handling = handle(self.lifecycles, &as_told(event), event, at).ok()?;
+        if handling.kind.is_ignored() {
+            return None;
+        }
+        let parties = Parties {
+            user_id: &event.user_id,
+            external_id: event.external_id.as_deref(),
+            items: event.items,
+            payload: event.payload,
+        };
+        let messages =
+            self.emitted(&event.lifecycle, event.order_id, &parties, &handling, None, &record.headers, at).ok()?;
+        Some((handling, messages))
+    }
+
+    /// What a step tells others.
+    #[expect(clippy::too_many_arguments, reason = "all of a message's parts, from as many places")]
+    pub(crate) fn emitted(
+        &self,
+        lifecycle: &str,
+        order_id: Uuid,
+        parties: &Parties<'_>,
+        handling: &Handling,
+        reason: Option<&str>,
+        trace: &Headers,
+        at: OffsetDateTime,
+    ) -> Result<Vec<Arc<Message>>, String> {
+        let Some(lifecycle) = self.lifecycles.find(lifecycle).filter(|_| !handling.emits.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        let answer = &handling.answer;
+        let subject = Subject {
+            message_id: Uuid::nil(),
+            order_id,
+            user_id: parties.user_id,
+            external_id: parties.external_id,
+            lifecycle: &lifecycle.name,
+            version: answer.order_version,
+            from: &handling.from_status,
+            to: &answer.order_status,
+            from_code: None,
+            to_code: None,
+            amount: answer.amount,
+            currency: answer.currency.as_deref(),
+            items: parties.items,
+            payload: parties.payload,
+            reason,
+            at,
+        };
+        emission::messages(lifecycle, &handling.emits, subject, Sender { source: SOURCE, trace, first_seq: 0 })
+    }
+
+    /// Handles messages in sequence, each on what the last made of its order. `again`: these are
+    /// parked already, and it is their turn.
+    pub(crate) async fn under_locks<'t>(
+        &self,
+        connection: &Connection,
+        told: &'t [Told<'t>],
+        again: bool,
+    ) -> Result<Outcome<'t>, DbError> {
+        let mut ids: Vec<Uuid> = told.iter().map(|told| told.said.order_id()).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let mut orders = store::lock_orders(connection, &ids).await?;
+        self.create_missing(connection, told, &mut orders).await?;
+        // After the locks: what happened before us has an earlier time than we.
+        let at = now();
+        let causes: Vec<_> = told.iter().map(|told| (told.said.order_id(), told.said.cause())).collect();
+        let mut answers = store::answers(connection, &causes).await?;
+        let (mut blocked, known) = if again {
+            (HashSet::new(), HashSet::new())
+        } else {
+            let records: Vec<_> = told.iter().map(|told| told.record).collect();
+            (parked::blocked(connection, &ids).await?, parked::known(connection, &records).await?)
+        };
+        let found: HashMap<Uuid, i64> = orders.iter().map(|(id, locked)| (*id, locked.order.version)).collect();
+        let (mut rows, mut messages, mut touched) = (Vec::new(), Vec::new(), HashSet::new());
+        let mut outcome = Outcome::default();
+        for (place, (told, cause)) in told.iter().zip(causes).enumerate() {
+            let (Told { record, said }, order_id) = (told, cause.0);
+            if known.contains(&place) {
+                continue; // it has its place among those that wait, or an operator gave it up
+            }
+            if let Some(answer) = answers.get(&cause) {
+                metrics::counter!("orderstream_worker_handled_total", "result" => "repeated").increment(1);
+                outcome.replies.extend(reply(&Asked::of(record, said), answer.clone()));
+                continue;
+            }
+            let locked = orders.get_mut(&order_id);
+            if blocked.contains(&order_id) {
+                let trouble = Trouble::Failed("waits behind an earlier message of its order that failed".to_owned());
+                let mut park = park(record, Some(order_id), &trouble, at, &self.retries);
+                behind(&mut park);
+                outcome.replies.extend(locked.and_then(|l| reply(&Asked::of(record, said), put_off(&l.order))));
+                outcome.parks.push(park);
+                continue;
+            }
+            match self.handle_one(locked.as_deref(), told, at) {
+                Ok((handling, emitted)) => {
+                    count(handling.kind);
+                    if handling.kind == Kind::Conflict {
+                        outcome.parks.push(conflict(record, order_id, &handling));
+                    }
+                    if let Some(locked) = locked {
+                        locked.order = after(&locked.order, &handling);
+                    }
+                    if !handling.kind.is_ignored() || is_status_change(said) {
+                        touched.insert(order_id);
+                    }
+                    messages.extend(emitted);
+                    outcome.replies.extend(reply(&Asked::of(record, said), handling.answer.clone()));
+                    answers.insert(cause, handling.answer.clone());
+                    rows.push(row(said, handling));
+                }
+                Err(trouble) => {
+                    if matches!(trouble, Trouble::Failed(_)) {
+                        blocked.insert(order_id);
+                    }
+                    if let (Some(locked), Trouble::Failed(_)) = (locked, &trouble) {
+                        outcome.replies.extend(reply(&Asked::of(record, said), put_off(&locked.order)));
+                    }
+                    outcome.parks.push(park(record, Some(order_id), &trouble, at, &self.retries));
+                }
+            }
+        }
+        if !rows.is_empty() {
+            let changed: Vec<_> = orders
+                .iter()
+                .filter(|(id, locked)| found.get(id).is_some_and(|version| *version != locked.order.version))
+                .map(|(id, locked)| (*id, found[id], &locked.order))
+                .collect();
+            outcome.sent = store::write_handlings(connection, &rows, &changed, messages, at).await?;
+        }
+        let touched: Vec<Uuid> = touched.into_iter().collect();
+        if !touched.is_empty() {
+            outcome.woke = parked::wake_early(connection, &touched, at).await? > 0;
+        }
+        Ok(outcome)
+    }
+
+    fn handle_one(
+        &self,
+        locked: Option<&Locked>,
+        told: &Told<'_>,
+        at: OffsetDateTime,
+    ) -> Result<(Handling, Vec<Arc<Message>>), Trouble> {
+        let Some(locked) = locked else {
+            let reason = "there is no such order".to_owned();
+            return Err(match told.said {
+                Said::Event(_) => Trouble::Hopeless(reason),
+                Said::Received(_) => Trouble::Early(reason),
+            });
+        };
+        let (handling, reason) = match &told.said {
+            Said::Event(event) => (handle(self.lifecycles, &locked.order, event, at)?, None),
+            Said::Received(received) => {
+                (receive(self.lifecycles, &locked.order, received, at)?, received.reason.as_deref())
+            }
+        };
+        let (lifecycle, order_id) = (&locked.order.lifecycle, told.said.order_id());
+        let messages =
+            self.emitted(lifecycle, order_id, &locked.parties(), &handling, reason, &told.record.headers, at);
+        Ok((handling, messages.map_err(Trouble::Failed)?))
+    }
+
+    /// Makes the orders that messages which may do so are the first to tell of.
+    async fn create_missing(
+        &self,
+        connection: &Connection,
+        told: &[Told<'_>],
+        orders: &mut HashMap<Uuid, Locked>,
+    ) -> Result<(), DbError> {
+        let mut found: Vec<Found<'_>> = Vec::new();
+        for told in told {
+            let Said::Received(received) = &told.said else { continue };
+            let Some(lifecycle) = self.lifecycles.find(received.lifecycle).filter(|_| received.creates) else {
+                continue;
+            };
+            if orders.contains_key(&received.order_id) || found.iter().any(|f| f.order_id == received.order_id) {
+                continue;
+            }
+            found.push(Found {
+                order_id: received.order_id,
+                user_id: received.user_id.as_deref().unwrap_or("unknown"),
+                // A UUID stands for itself.
+                external_id: (order_id_of(&received.order_text).to_string() != received.order_text.to_lowercase())
+                    .then_some(received.order_text.as_str()),
+                lifecycle: &lifecycle.name,
+                status: &lifecycle.initial,
+                cause: format!("created by {}", received.cause),
+            });
+        }
+        if found.is_empty() {
+            return Ok(());
+        }
+        found.sort_by_key(|found| found.order_id);
+        store::create_orders(connection, &found, now()).await?;
+        let ids: Vec<Uuid> = found.iter().map(|found| found.order_id).collect();
+        orders.extend(store::lock_orders(connection, &ids).await?);
+        Ok(())
+    }
 }
 
-fn handled(event: &Event<'_>, handling: Handling) -> Handled {
-    Handled { order_id: event.order_id, event_id: event.event_id, correlation_id: event.correlation_id, handling }
+impl Locked {
+    pub(crate) fn parties(&self) -> Parties<'_> {
+        Parties {
+            user_id: &self.user_id,
+            external_id: self.external_id.as_deref(),
+            items: self.items.as_deref(),
+            payload: self.payload.as_deref(),
+        }
+    }
 }
 
-fn count(handling: &Handling) {
-    metrics::counter!("orderstream_worker_handled_total", "result" => handling.kind.name()).increment(1);
+fn is_status_change(said: &Said<'_>) -> bool {
+    matches!(said, Said::Event(event) if event.kind == EventType::StatusChanged)
 }
 
-fn reply(told: &Told<'_>, answer: Answer) -> Option<Reply> {
-    let to = told.record.headers.reply_to()?;
-    let event = &told.event;
+fn row(said: &Said<'_>, handling: Handling) -> Handled {
+    let correlation_id = match said {
+        Said::Event(event) => Some(event.correlation_id),
+        Said::Received(_) => None,
+    };
+    Handled { order_id: said.order_id(), cause: said.cause(), correlation_id, handling }
+}
+
+fn count(kind: Kind) {
+    metrics::counter!("orderstream_worker_handled_total", "result" => kind.name()).increment(1);
+}
+
+/// Who asked, and for what.
+struct Asked<'a> {
+    record: &'a Record,
+    correlation_id: Uuid,
+    event_id: Uuid,
+    order_id: Uuid,
+    version: Option<i64>,
+}
+
+impl<'a> Asked<'a> {
+    fn of(record: &'a Record, said: &Said<'_>) -> Self {
+        match said {
+            Said::Event(event) => Self {
+                record,
+                correlation_id: event.correlation_id,
+                event_id: event.event_id,
+                order_id: event.order_id,
+                version: Some(event.version),
+            },
+            // A stranger's correlation id is in the headers alone.
+            Said::Received(received) => Self {
+                record,
+                correlation_id: Uuid::nil(),
+                event_id: Uuid::new_v5(&Uuid::NAMESPACE_OID, received.cause.as_bytes()),
+                order_id: received.order_id,
+                version: None,
+            },
+        }
+    }
+}
+
+fn reply(asked: &Asked<'_>, answer: Answer) -> Option<Reply> {
+    let record = asked.record;
+    let to = record.headers.reply_to()?;
     let at = now();
     let mut headers = Headers::cloud_event(Uuid::now_v7(), ACK_TYPE, SOURCE, at);
     headers.push(shared::message::CORRELATION_ID, to.correlation.clone());
-    for (name, value) in told.record.headers.trace() {
+    for (name, value) in record.headers.trace() {
         headers.push(name, value);
     }
     let ack = Ack {
-        correlation_id: event.correlation_id,
-        event_id: event.event_id,
-        order_id: event.order_id,
-        version: event.version,
+        correlation_id: asked.correlation_id,
+        event_id: asked.event_id,
+        order_id: asked.order_id,
+        version: asked.version.unwrap_or(answer.order_version),
         answer,
         processed_at: at,
     };
     // Our own types always serialize.
     let body = serde_json::to_string(&ack).unwrap_or_default();
-    Some(Reply { to, key: event.order_id.to_string(), headers, body })
+    Some(Reply { to, key: asked.order_id.to_string(), headers, body })
 }
 
-async fn park(connection: &Connection, record: &Record, order_id: Option<Uuid>, reason: &str) -> Result<(), DbError> {
+/// The answer to a message that is set aside: nobody knows when.
+fn put_off(order: &Order) -> Answer {
+    Answer {
+        status: AckStatus::Failed,
+        order_status: order.status.clone(),
+        order_version: order.version,
+        amount: order.amount,
+        currency: order.currency.clone(),
+        error: None,
+        superseded_by: None,
+    }
+}
+
+fn park<'a>(
+    record: &'a Record,
+    order_id: Option<Uuid>,
+    trouble: &Trouble,
+    at: OffsetDateTime,
+    retries: &RetrySettings,
+) -> Park<'a> {
+    let next = Some(at + retries.delay(1));
+    let (kind, state, reason, next_attempt_at) = match trouble {
+        Trouble::Early(reason) => (ParkedKind::Early, State::Waiting, reason, next),
+        Trouble::Failed(reason) => (ParkedKind::Failed, State::Retrying, reason, next),
+        Trouble::Hopeless(reason) => (ParkedKind::Unreadable, State::Dead, reason, None),
+    };
+    if state == State::Dead {
+        tell_parked(record, order_id, reason);
+        metrics::counter!("orderstream_worker_handled_total", "result" => "dead").increment(1);
+    } else {
+        metrics::counter!("orderstream_worker_handled_total", "result" => kind.name()).increment(1);
+    }
+    Park { record, order_id, kind, state, reason: reason.clone(), next_attempt_at }
+}
+
+/// Behind a failed message of its order: its turn comes when that is done.
+fn behind(park: &mut Park<'_>) {
+    (park.state, park.next_attempt_at) = (State::Waiting, None);
+}
+
+fn conflict<'a>(record: &'a Record, order_id: Uuid, handling: &Handling) -> Park<'a> {
+    let reason = handling.answer.error.clone().unwrap_or_default();
+    let reason = format!("{}: the order is {}, and {reason}", handling.name, handling.answer.order_status);
+    tell_parked(record, Some(order_id), &reason);
+    Park {
+        record,
+        order_id: Some(order_id),
+        kind: ParkedKind::Conflict,
+        state: State::Dead,
+        reason,
+        next_attempt_at: None,
+    }
+}
+
+fn tell_parked(record: &Record, order_id: Option<Uuid>, reason: &str) {
     tracing::error!(
         kafka.topic = record.topic,
         kafka.partition = record.partition,
@@ -183,7 +561,4 @@ async fn park(connection: &Connection, record: &Record, order_id: Option<Uuid>, 
         reason,
         "parked a record that cannot be handled"
     );
-    metrics::counter!("orderstream_worker_handled_total", "result" => "dead").increment(1);
-    // The one character that PostgreSQL's text cannot hold.
-    store::park_dead(connection, record, order_id, &reason.replace('\0', "\\0")).await
 }

@@ -1,8 +1,13 @@
-//! Reads `orders.events`: a batch of what is there, handled, answered, and only then marked as
-//! read. A database that is away stops the reading; a record that the database refuses stops its
-//! partition. Nothing is skipped.
+//! Reads `orders.events` and what the lifecycles receive: a batch of what is there, handled,
+//! answered, and only then marked as read. A database that is away stops the reading; a record
+//! that the database refuses is parked; one whose order somebody else keeps locked stops its
+//! partition for a while. Nothing is skipped.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use futures_util::FutureExt as _;
@@ -13,7 +18,7 @@ use rdkafka::{
 };
 use shared::{
     backoff::Backoff,
-    db::{Db, DbError, Fault},
+    db::{DbError, Fault},
     kafka::{Context, Producer, client_config},
     settings::KafkaSettings,
 };
@@ -21,7 +26,7 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    batch::{Reply, handle_batch},
+    batch::{Handler, Reply},
     record::Record,
 };
 
@@ -36,7 +41,7 @@ const TICK: Duration = Duration::from_millis(100);
 
 type PartitionId = (String, i32);
 
-/// A partition that waits for one of its records to become possible.
+/// A partition that waits for somebody to let go of its orders.
 struct Stopped {
     offset: i64,
     retry_at: Instant,
@@ -52,7 +57,7 @@ struct Settled {
 }
 
 pub(crate) struct Worker {
-    db: Db,
+    handler: Handler,
     producer: Producer,
     consumer: Arc<StreamConsumer<Context>>,
     stopped: HashMap<PartitionId, Stopped>,
@@ -64,17 +69,19 @@ pub(crate) struct Worker {
 /// # Errors
 /// When the settings for Kafka make no sense, or a part of this died.
 pub(crate) async fn run(
-    db: Db,
+    handler: Handler,
     producer: Producer,
     settings: &KafkaSettings,
     group: &str,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let consumer = Arc::new(consumer(settings, group)?);
-    consumer.subscribe(&[&settings.orders_events_topic]).context("subscribing")?;
+    let topics: Vec<_> =
+        std::iter::once(settings.orders_events_topic.as_str()).chain(handler.lifecycles.received_topics()).collect();
+    consumer.subscribe(&topics).context("subscribing")?;
     let (settled, queue) = mpsc::channel(UNSETTLED);
     let settler = tokio::spawn(settle(consumer.clone(), producer.clone(), queue));
-    let mut worker = Worker { db, producer, consumer: consumer.clone(), stopped: HashMap::new(), settled };
+    let mut worker = Worker { handler, producer, consumer: consumer.clone(), stopped: HashMap::new(), settled };
     while !stop.is_cancelled() {
         let Some(batch) = stop.run_until_cancelled(worker.next_batch()).await else { break };
         metrics::histogram!("orderstream_worker_batch_size").record(batch.len() as f64);
@@ -111,12 +118,25 @@ fn consumer(settings: &KafkaSettings, group: &str) -> anyhow::Result<StreamConsu
             ("queued.min.messages", "5000"),
             ("queued.max.messages.kbytes", "16384"),
             ("fetch.queue.backoff.ms", "5"),
-            ("topic.metadata.refresh.interval.ms", "30000"),
+            ("topic.metadata.refresh.interval.ms", "10000"),
             ("statistics.interval.ms", "5000"),
         ],
     )
     .create_with_context(Context::default())
     .context("KAFKA_CONFIG")
+}
+
+/// Why a part of a batch was not handled.
+enum Obstacle {
+    /// Somebody else keeps orders of these partitions locked.
+    Locked(HashSet<PartitionId>),
+    Failed(DbError),
+}
+
+impl From<DbError> for Obstacle {
+    fn from(error: DbError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl Worker {
@@ -155,34 +175,33 @@ impl Worker {
 
     async fn handle(&mut self, batch: Vec<Record>, stop: &CancellationToken) -> anyhow::Result<()> {
         let mut backoff = Backoff::RECONNECT;
-        let mut parts = vec![batch];
-        while let Some(mut part) = parts.pop() {
+        // What somebody kept locked may be so still: to try it would hold the others up.
+        let (doubtful, free): (Vec<_>, Vec<_>) = batch.into_iter().partition(|r| self.stopped.contains_key(&id(r)));
+        let mut parts = vec![(doubtful, true), (free, false)];
+        while let Some((mut part, is_doubtful)) = parts.pop() {
             part.retain(|record| !self.is_stopped(&id(record)));
             if part.is_empty() {
                 continue;
             }
-            match handle_batch(&self.db, &part).await {
+            match self.attempt(&part, is_doubtful).await {
                 Ok(replies) => {
                     backoff.reset();
                     self.settle(&part, replies).await?;
                 }
-                Err(error) if error.fault() == Fault::Data && part.len() > 1 => {
-                    let second = part.split_off(part.len() / 2);
-                    parts.extend([second, part]);
+                Err(Obstacle::Locked(partitions)) => {
+                    self.stop_partitions(&part, &partitions);
+                    parts.push((part, is_doubtful));
                 }
-                Err(error) if error.fault() == Fault::Data => self.stop_partition(&part[0], error),
+                Err(Obstacle::Failed(error)) if error.fault() == Fault::Data && part.len() > 1 => {
+                    let second = part.split_off(part.len() / 2);
+                    parts.extend([(second, is_doubtful), (part, is_doubtful)]);
+                }
                 // Nobody's message is at fault: the same again, for as long as it takes.
-                Err(error) => {
+                Err(Obstacle::Failed(error)) => {
                     let delay = backoff.delay();
-                    let error = anyhow::Error::from(error);
-                    tracing::warn!(
-                        error = format!("{error:#}"),
-                        records = part.len(),
-                        ?delay,
-                        "waiting for the database"
-                    );
+                    tracing::warn!(error = error.chain(), records = part.len(), ?delay, "waiting for the database");
                     metrics::counter!("orderstream_worker_waits_total").increment(1);
-                    parts.push(part);
+                    parts.push((part, is_doubtful));
                     if stop.run_until_cancelled(tokio::time::sleep(delay)).await.is_none() {
                         return Ok(()); // not marked as read: somebody else has them now
                     }
@@ -190,6 +209,33 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// Handles a part of a batch; a single record that the database refuses is parked.
+    async fn attempt(&self, part: &[Record], is_doubtful: bool) -> Result<Vec<Reply>, Obstacle> {
+        if is_doubtful {
+            self.look_for_locks(part).await?;
+        }
+        let error = match self.handler.handle_batch(part).await {
+            Ok(replies) => return Ok(replies),
+            Err(error) => error,
+        };
+        match (error.fault(), part) {
+            (Fault::Data, [record]) => Ok(self.handler.park_refused(record, &error.chain()).await?),
+            (Fault::Locked, _) => {
+                self.look_for_locks(part).await?;
+                Err(error.into()) // it is free by now
+            }
+            _ => Err(error.into()),
+        }
+    }
+
+    async fn look_for_locks(&self, part: &[Record]) -> Result<(), Obstacle> {
+        let locked = self.handler.locked_by_others(part).await?;
+        if locked.is_empty() {
+            return Ok(());
+        }
+        Err(Obstacle::Locked(locked.into_iter().map(|place| id(&part[place])).collect()))
     }
 
     /// Sends the answers; when they are delivered the records are marked as read.
@@ -219,26 +265,30 @@ impl Worker {
         self.settled.send(Settled { offsets, answers }).await.context("the task that marks records as read died")
     }
 
-    fn stop_partition(&mut self, record: &Record, error: DbError) {
-        let error = anyhow::Error::from(error);
-        let partition = id(record);
-        let mut backoff = self.stopped.remove(&partition).map_or(Backoff::RECONNECT, |stopped| stopped.backoff);
-        let delay = backoff.delay();
-        tracing::error!(
-            kafka.topic = record.topic,
-            kafka.partition = record.partition,
-            kafka.offset = record.offset,
-            error = format!("{error:#}"),
-            ?delay,
-            "a record cannot be handled; its partition waits"
-        );
-        if let Err(error) = self.consumer.pause(&list(&partition)) {
-            tracing::debug!(%error, "pausing");
+    /// Stops these partitions at their first record in this part: all of theirs comes again.
+    fn stop_partitions(&mut self, part: &[Record], partitions: &HashSet<PartitionId>) {
+        for record in part {
+            let partition = id(record);
+            if !partitions.contains(&partition) || self.is_stopped(&partition) {
+                continue;
+            }
+            let mut backoff = self.stopped.remove(&partition).map_or(Backoff::RECONNECT, |stopped| stopped.backoff);
+            let delay = backoff.delay();
+            tracing::warn!(
+                kafka.topic = record.topic,
+                kafka.partition = record.partition,
+                kafka.offset = record.offset,
+                ?delay,
+                "somebody keeps orders of this partition locked; it waits"
+            );
+            if let Err(error) = self.consumer.pause(&list(&partition)) {
+                tracing::debug!(%error, "pausing");
+            }
+            let retry_at = Instant::now() + delay;
+            self.stopped.insert(partition, Stopped { offset: record.offset, retry_at, backoff, resumed: false });
+            metrics::counter!("orderstream_partition_stops_total").increment(1);
         }
-        let retry_at = Instant::now() + delay;
-        self.stopped.insert(partition, Stopped { offset: record.offset, retry_at, backoff, resumed: false });
         metrics::gauge!("orderstream_partitions_stopped").set(self.stopped.len() as f64);
-        metrics::counter!("orderstream_partition_stops_total").increment(1);
     }
 
     fn resume_due(&mut self) {

@@ -2,16 +2,21 @@
 //!
 //! One event's path: [`consumer`] reads a batch → [`record`] decodes → [`handler`] decides, purely
 //! → [`batch`] and [`store`] write it in one transaction → [`consumer`] answers, and marks as read.
+//! What fails goes by [`parking`]; what takes too long, by the [`clock`].
 
 mod batch;
+pub mod cli;
+mod clock;
 pub mod config;
 mod consumer;
 mod handler;
 mod http;
+mod parking;
+mod received;
 mod record;
 mod store;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use anyhow::bail;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -19,14 +24,21 @@ use shared::{
     backoff::Backoff,
     db::{self, Db},
     kafka::{Producer, ensure_topics},
+    lifecycle::Lifecycles,
     outbox::Outbox,
     server,
     settings::KafkaSettings,
 };
-use tokio::{net::TcpListener, task::JoinSet, time::Instant};
+use tokio::{net::TcpListener, sync::Notify, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::Config, http::App};
+use crate::{
+    batch::{Handler, Reply},
+    clock::Clock,
+    config::Config,
+    http::App,
+    parking::Parking,
+};
 
 const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -41,8 +53,7 @@ pub async fn run(
     metrics: PrometheusHandle,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    config.db.check()?;
-    config.kafka.check()?;
+    let lifecycles = config.check()?;
     let settings = Arc::new(config.db.pool());
     let db = Db { pool: db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?, settings };
     let producer = Producer::new(&config.kafka)?;
@@ -57,7 +68,14 @@ pub async fn run(
     });
     let deleter = tokio::spawn(deleter);
     let mut vital = JoinSet::new();
-    vital.spawn(work(config, db, producer, outbox.clone(), started, leaving.clone(), stop.clone()));
+    let handler = Handler {
+        db,
+        outbox: outbox.clone(),
+        lifecycles,
+        retries: config.retries.clone(),
+        wake: Arc::new(Notify::new()),
+    };
+    vital.spawn(work(config, handler, producer, started, leaving.clone(), stop.clone()));
 
     let failed = tokio::select! {
         () = shutdown => None,
@@ -89,30 +107,51 @@ pub async fn run(
 /// Waits for what is needed, then reads until `leaving`.
 async fn work(
     config: Config,
-    db: Db,
+    handler: Handler,
     producer: Producer,
-    outbox: Outbox,
     started: CancellationToken,
     leaving: CancellationToken,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let Some(prepared) = leaving.run_until_cancelled(prepare(&config.kafka, &db, &producer)).await else {
+    let preparing = prepare(&config.kafka, &handler.db, &producer, handler.lifecycles);
+    let Some(prepared) = leaving.run_until_cancelled(preparing).await else {
         return Ok(());
     };
     prepared?;
     tracing::info!("ready");
     started.cancel();
-    let measuring = stop.run_until_cancelled(measure(&db));
-    let sweeping = outbox.sweep(stop.clone());
-    let reading = consumer::run(db.clone(), producer, &config.kafka, &config.worker.worker_group, leaving);
+    let measuring = stop.run_until_cancelled(measure(&handler.db));
+    let sweeping = handler.outbox.sweep(stop.clone());
+    let clocks = (0..config.clock.scheduler_worker_count)
+        .map(|_| Clock::new(handler.clone(), config.clock.clone()).run(leaving.clone()));
+    let clocks = futures_util::future::join_all(clocks);
+    let parking = Parking { handler: handler.clone(), answer: answer_with(producer.clone()) }.run(leaving.clone());
+    let reading = consumer::run(handler.clone(), producer, &config.kafka, &config.worker.worker_group, leaving);
+    // Each ends with the others or after them; a panic in one of them ends all.
+    let handling = async { tokio::join!(reading, clocks, parking).0 };
     tokio::select! {
-        result = reading => result,
-        // Those two end only after the reading.
+        result = handling => result,
         _ = futures_util::future::join(measuring, sweeping) => Ok(()),
     }
 }
 
-async fn prepare(settings: &KafkaSettings, db: &Db, producer: &Producer) -> anyhow::Result<()> {
+/// Answers to messages that were put off: sent and forgotten, since nobody waits for them here.
+fn answer_with(producer: Producer) -> Arc<dyn Fn(Vec<Reply>) + Send + Sync> {
+    Arc::new(move |replies| {
+        for Reply { to, key, headers, body } in replies {
+            if let Err(error) = producer.send(&to.topic, Some(to.partition), &key, &headers, &body) {
+                tracing::debug!(%error, "an answer was not sent");
+            }
+        }
+    })
+}
+
+async fn prepare(
+    settings: &KafkaSettings,
+    db: &Db,
+    producer: &Producer,
+    lifecycles: &Lifecycles,
+) -> anyhow::Result<()> {
     db::migrate_when_possible(&db.pool).await?;
     let mut backoff = Backoff::RECONNECT;
     loop {
@@ -122,7 +161,15 @@ async fn prepare(settings: &KafkaSettings, db: &Db, producer: &Producer) -> anyh
             producer.partitions(&settings.orders_ack_topic).await
         };
         match ready.await {
-            Ok(_) => return Ok(()),
+            Ok(_) => {
+                // Those of others: who may not make them here finds them made elsewhere.
+                let mut topics = lifecycles.emitted_topics();
+                topics.extend(lifecycles.received_topics());
+                if let Err(error) = ensure_topics(settings, &topics).await {
+                    tracing::warn!(error = format!("{error:#}"), "cannot make the lifecycles' topics");
+                }
+                return Ok(());
+            }
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "waiting for Kafka");
                 tokio::time::sleep(backoff.delay()).await;
@@ -132,15 +179,22 @@ async fn prepare(settings: &KafkaSettings, db: &Db, producer: &Producer) -> anyh
 }
 
 async fn measure(db: &Db) {
+    let mut seen: BTreeMap<(String, String), i64> = BTreeMap::new();
     loop {
         let count = async {
             let connection = db.connection().await?;
-            connection.within(db.settings.query_timeout, store::count_parked(&connection)).await
+            connection.within(db.settings.query_timeout, store::parked::count(&connection)).await
         };
         match count.await {
             Ok(counts) => {
-                for (state, count) in counts {
-                    metrics::gauge!("orderstream_parked_messages", "state" => state).set(count as f64);
+                // What is gone must not be shown for ever.
+                for ((state, kind), count) in seen.iter_mut() {
+                    *count = counts.get(&(state.clone(), kind.clone())).copied().unwrap_or(0);
+                }
+                seen.extend(counts);
+                for ((state, kind), count) in &seen {
+                    let labels = [("state", state.clone()), ("kind", kind.clone())];
+                    metrics::gauge!("orderstream_parked_messages", &labels).set(*count as f64);
                 }
             }
             Err(error) => tracing::debug!(error = format!("{:#}", anyhow::Error::from(error)), "counting"),

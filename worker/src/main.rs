@@ -15,16 +15,22 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli: Cli = settings::parse();
-    shutdown::run_to_end(work(cli.config))
+    shutdown::run_to_end(async {
+        match cli.command {
+            Some(command) => worker::cli::run(cli.config, command).await,
+            None => work(cli.config).await,
+        }
+    })
 }
 
 async fn work(config: Config) -> anyhow::Result<()> {
+    config.check()?;
     telemetry::log(&config.kafka.service)?;
     let metrics = telemetry::metrics()?;
     let shutdown = shutdown::requested().context("listening for signals")?;
     let listener = match config.worker.worker_port {
         Listen::Off => None,
-        Listen::At(address) => Some(shared::server::bind("WORKER_PORT", address).await?),
+        Listen::At(address) => Some(shared::server::bind("http", "WORKER_PORT", address).await?),
     };
     worker::run(config, listener, metrics, shutdown).await
 }

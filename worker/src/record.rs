@@ -1,10 +1,16 @@
-//! A record of `orders.events` as it came: who it is for, or why it cannot be read.
+//! A record as it came: what it says and to which order, or why it cannot be read.
+
+use std::fmt::Display;
 
 use rdkafka::{Message as _, message::BorrowedMessage};
 use shared::{
+    lifecycle::Lifecycles,
     message::{Event, Headers},
     order,
 };
+use uuid::Uuid;
+
+use crate::received::{self, Received};
 
 /// Beyond what any order reaches, and safe to count on from.
 const MAX_VERSION: i64 = 1 << 53;
@@ -22,6 +28,32 @@ pub(crate) struct Record {
     pub body: Option<Vec<u8>>,
 }
 
+/// What a record says.
+#[derive(Debug)]
+pub(crate) enum Said<'a> {
+    /// What a client did, from our own API.
+    Event(Event<'a>),
+    /// Something from elsewhere.
+    Received(Received),
+}
+
+impl Said<'_> {
+    pub(crate) fn order_id(&self) -> Uuid {
+        match self {
+            Self::Event(event) => event.order_id,
+            Self::Received(received) => received.order_id,
+        }
+    }
+
+    /// Unique within its order's history: the same cause changes nothing twice.
+    pub(crate) fn cause(&self) -> String {
+        match self {
+            Self::Event(event) => event.event_id.to_string(),
+            Self::Received(received) => received.cause.clone(),
+        }
+    }
+}
+
 impl Record {
     pub(crate) fn of(message: &BorrowedMessage<'_>) -> Self {
         Self {
@@ -35,19 +67,34 @@ impl Record {
         }
     }
 
-    /// The event in it.
-    pub(crate) fn event(&self) -> Result<Event<'_>, String> {
+    /// What it says; topics that no lifecycle receives hold events.
+    ///
+    /// # Errors
+    /// Why nobody can tell.
+    pub(crate) fn read(&self, lifecycles: &'static Lifecycles) -> Result<Said<'_>, String> {
         let body = self.body.as_deref().ok_or("the record has no body")?;
-        let event: Event<'_> = serde_json::from_slice(body).map_err(|error| format!("not an event: {error}"))?;
-        if !(1..MAX_VERSION).contains(&event.version) {
-            return Err(format!("not an event: version {} is none", event.version));
+        match lifecycles.received(&self.topic) {
+            Some((lifecycle, receive)) => received::read(lifecycle, receive, body).map(Said::Received),
+            None => event(body).map(Said::Event),
         }
-        // PostgreSQL's text cannot hold it; the rest of an event is not written as text.
-        if [&event.lifecycle, &event.status].iter().any(|text| text.contains('\0'))
-            || event.currency.as_deref().is_some_and(|currency| order::currency(currency).is_err())
-        {
-            return Err("not an event: a lifecycle, status or currency that is none".to_owned());
-        }
-        Ok(event)
     }
+
+    /// Where it lies, for people.
+    pub(crate) fn place(&self) -> impl Display + '_ {
+        format!("{}/{}@{}", self.topic, self.partition, self.offset)
+    }
+}
+
+fn event(body: &[u8]) -> Result<Event<'_>, String> {
+    let event: Event<'_> = serde_json::from_slice(body).map_err(|error| format!("not an event: {error}"))?;
+    if !(1..MAX_VERSION).contains(&event.version) {
+        return Err(format!("not an event: version {} is none", event.version));
+    }
+    // PostgreSQL's text cannot hold it; the rest of an event is not written as text.
+    if [&event.lifecycle, &event.status].iter().any(|text| text.contains('\0'))
+        || event.currency.as_deref().is_some_and(|currency| order::currency(currency).is_err())
+    {
+        return Err("not an event: a lifecycle, status or currency that is none".to_owned());
+    }
+    Ok(event)
 }

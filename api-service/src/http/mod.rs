@@ -1,9 +1,11 @@
 //! The HTTP API: routes, limits, and what is the same for every request.
 
+pub(crate) mod admin;
 mod operations;
 mod orders;
 mod prefer;
 mod reads;
+mod status;
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,7 +13,7 @@ use axum::{
     Router,
     http::{HeaderMap, HeaderName},
     response::{IntoResponse as _, Response},
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
@@ -52,6 +54,8 @@ pub(crate) fn router(app: App) -> Router {
         .route("/orders/{order_id}", get(reads::order))
         .route("/orders/{order_id}/history", get(reads::history))
         .route("/orders/{order_id}/requests/{correlation_id}", get(reads::request))
+        .route("/orders/{order_id}/status", put(status::set).patch(status::set))
+        .route("/orders/{order_id}/cancel", post(status::cancel))
         .route("/health", get(operations::health))
         .route("/ready", get(operations::ready))
         .route("/metrics", get(operations::metrics))

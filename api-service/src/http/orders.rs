@@ -56,12 +56,12 @@ pub(super) async fn submit(State(app): State<App>, request: Request) -> Result<R
 }
 
 /// A body, and the room that it takes.
-struct WholeBody {
-    bytes: Vec<u8>,
+pub(super) struct WholeBody {
+    pub bytes: Vec<u8>,
     _room: Option<OwnedSemaphorePermit>,
 }
 
-fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
+pub(super) fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
     let essence = value.to_str().ok().and_then(|value| value.split(';').next()).map(|e| e.trim().to_ascii_lowercase());
     match essence.as_deref() {
@@ -71,7 +71,12 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-async fn read_body(headers: &HeaderMap, body: Body, limit: usize, room: &Arc<Semaphore>) -> Result<WholeBody, Problem> {
+pub(super) async fn read_body(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    room: &Arc<Semaphore>,
+) -> Result<WholeBody, Problem> {
     let declared = body.size_hint().lower();
     let too_large = declared > limit as u64;
     // Who asks before sending is spared the upload; so are we, where it is beyond all measure.
@@ -112,7 +117,7 @@ async fn read_body(headers: &HeaderMap, body: Body, limit: usize, room: &Arc<Sem
     timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::TooSlow))
 }
 
-fn trace(headers: &HeaderMap) -> Headers {
+pub(super) fn trace(headers: &HeaderMap) -> Headers {
     let mut trace = Headers::default();
     for name in TRACE_HEADERS {
         if let Some(value) = headers.get(name).filter(|value| value.len() <= MAX_TRACE_HEADER) {

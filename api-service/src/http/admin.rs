@@ -1,0 +1,168 @@
+//! For operators, on a listener of its own: what is parked and what is stuck, and what to do about
+//! it (DESIGN 6.4). On loopback it is open; elsewhere each request carries `ADMIN_TOKEN`.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::{Path, Query, Request, State, rejection::QueryRejection},
+    http::{StatusCode, header},
+    middleware::{Next, from_fn_with_state},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::{Deserialize, Serialize};
+use shared::{
+    db::Db,
+    order::Violation,
+    parked::{self, Entry, Filter},
+};
+
+use super::reads::json;
+use crate::error::Problem;
+
+/// What should have moved after so long is stuck.
+const PATIENCE: Duration = Duration::from_secs(60);
+const DEFAULT_LIMIT: i64 = 100;
+
+#[derive(Clone)]
+pub(crate) struct Admin {
+    pub db: Db,
+    /// Asked for in `Authorization: Bearer …`.
+    pub token: Option<Arc<str>>,
+}
+
+pub(crate) fn router(admin: Admin) -> Router {
+    Router::new()
+        .route("/admin/parked", get(list))
+        .route("/admin/parked/{id}", get(show))
+        .route("/admin/parked/redrive", post(redrive_all))
+        .route("/admin/parked/discard", post(discard_all))
+        .route("/admin/parked/{id}/redrive", post(redrive))
+        .route("/admin/parked/{id}/discard", post(discard))
+        .route("/admin/stuck", get(stuck))
+        .fallback(|| async { Problem::UnknownRoute })
+        .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
+        .layer(from_fn_with_state(admin.clone(), check_token))
+        .with_state(admin)
+}
+
+async fn check_token(State(admin): State<Admin>, request: Request, next: Next) -> Response {
+    let given = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
+    match &admin.token {
+        Some(token) if !is_same(given.and_then(|v| v.strip_prefix(b"Bearer ")).unwrap_or_default(), token) => {
+            Problem::Unauthenticated.into_response()
+        }
+        _ => next.run(request).await,
+    }
+}
+
+/// In a time that does not tell how much of it was right.
+fn is_same(given: &[u8], token: &str) -> bool {
+    let token = token.as_bytes();
+    given.len() == token.len() && given.iter().zip(token).fold(0, |differences, (a, b)| differences | (a ^ b)) == 0
+}
+
+#[derive(Deserialize)]
+struct Page {
+    limit: Option<i64>,
+    /// The `next` of the page before.
+    cursor: Option<i64>,
+}
+
+#[derive(Serialize)]
+struct Parked {
+    parked: Vec<Entry>,
+    /// For `cursor`, where there are more.
+    next: Option<i64>,
+}
+
+async fn list(
+    State(admin): State<Admin>,
+    page: Result<Query<Page>, QueryRejection>,
+    request: Request,
+) -> Result<Response, Problem> {
+    let Query(page) = page.map_err(|error| Problem::Malformed(error.body_text()))?;
+    let limit = page.limit.unwrap_or(DEFAULT_LIMIT);
+    if !(1..=parked::MAX_LIMIT).contains(&limit) {
+        let reason = format!("must be from 1 to {}", parked::MAX_LIMIT);
+        return Err(Problem::Invalid(vec![Violation::new("/limit", reason)]));
+    }
+    let filter = filter(&request)?;
+    let parked = parked::list(&admin.db, &filter, page.cursor.unwrap_or(0), limit).await?;
+    let is_full = i64::try_from(parked.len()).is_ok_and(|len| len == limit);
+    let next = parked.last().map(|last| last.id).filter(|_| is_full);
+    Ok(json(&Parked { parked, next }).into_response())
+}
+
+async fn show(State(admin): State<Admin>, Path(id): Path<String>) -> Result<Response, Problem> {
+    let found = parked::show(&admin.db, number(&id)?).await?;
+    Ok(json(&found.ok_or(Problem::UnknownParked)?).into_response())
+}
+
+#[derive(Serialize)]
+struct Count {
+    count: u64,
+}
+
+async fn redrive_all(State(admin): State<Admin>, request: Request) -> Result<Response, Problem> {
+    let filter = bulk(&request)?;
+    Ok(json(&Count { count: parked::redrive(&admin.db, &filter).await? }).into_response())
+}
+
+async fn discard_all(State(admin): State<Admin>, request: Request) -> Result<Response, Problem> {
+    let filter = bulk(&request)?;
+    Ok(json(&Count { count: parked::discard(&admin.db, &filter).await? }).into_response())
+}
+
+async fn redrive(State(admin): State<Admin>, Path(id): Path<String>) -> Result<Response, Problem> {
+    let filter = Filter { id: Some(number(&id)?), ..Filter::default() };
+    one(
+        &admin,
+        &filter,
+        parked::redrive(&admin.db, &filter).await?,
+        "only dead messages are redriven, and no conflicts",
+    )
+    .await
+}
+
+async fn discard(State(admin): State<Admin>, Path(id): Path<String>) -> Result<Response, Problem> {
+    let filter = Filter { id: Some(number(&id)?), ..Filter::default() };
+    one(&admin, &filter, parked::discard(&admin.db, &filter).await?, "it is done or discarded already").await
+}
+
+async fn one(admin: &Admin, filter: &Filter, count: u64, otherwise: &'static str) -> Result<Response, Problem> {
+    let found = parked::show(&admin.db, filter.id.unwrap_or_default()).await?.ok_or(Problem::UnknownParked)?;
+    if count == 0 {
+        return Err(Problem::ParkedElsewise { state: found.entry.state, detail: otherwise });
+    }
+    Ok((StatusCode::OK, json(&found)).into_response())
+}
+
+async fn stuck(State(admin): State<Admin>) -> Result<Response, Problem> {
+    Ok(json(&parked::stuck(&admin.db, PATIENCE).await?).into_response())
+}
+
+fn number(id: &str) -> Result<i64, Problem> {
+    id.parse().map_err(|_| Problem::UnknownParked)
+}
+
+/// From the query, but for what says which page.
+fn filter(request: &Request) -> Result<Filter, Problem> {
+    let query = request.uri().query().unwrap_or_default();
+    let of_page = |pair: &&str| !pair.starts_with("limit=") && !pair.starts_with("cursor=");
+    let rest = query.split('&').filter(of_page).collect::<Vec<_>>().join("&");
+    let uri = format!("/?{rest}").parse().map_err(|_| Problem::Malformed("the query makes no sense".to_owned()))?;
+    let Query(filter) = Query::<Filter>::try_from_uri(&uri).map_err(|error| Problem::Malformed(error.body_text()))?;
+    Ok(filter)
+}
+
+/// To mean all of them takes more than forgetting to say which.
+fn bulk(request: &Request) -> Result<Filter, Problem> {
+    let filter = filter(request)?;
+    if filter.is_empty() {
+        let reason = "say which: ?id=, order_id=, topic=, reason=, state= or kind=";
+        return Err(Problem::Invalid(vec![Violation::new("", reason)]));
+    }
+    Ok(filter)
+}

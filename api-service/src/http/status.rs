@@ -1,0 +1,104 @@
+//! Moving an order by somebody's hand: `PUT|PATCH /orders/{order_id}/status` and
+//! `POST /orders/{order_id}/cancel`.
+
+use axum::{
+    extract::{Path, Request, State, rejection::PathRejection},
+    http::{HeaderMap, header},
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use shared::order::{MAX_ID, Violation, order_id_of};
+use uuid::Uuid;
+
+use super::{
+    App,
+    orders::{check_content_type, read_body, trace},
+    reads::{etag, json},
+    user,
+};
+use crate::{
+    error::Problem,
+    orders::{Done, Progress},
+    request::Target,
+    writer::{Destination, Move},
+};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewStatus {
+    status: String,
+}
+
+pub(super) async fn set(
+    State(app): State<App>,
+    path: Result<Path<String>, PathRejection>,
+    request: Request,
+) -> Result<Response, Problem> {
+    let id = id(path)?;
+    let (parts, body) = request.into_parts();
+    check_content_type(&parts.headers)?;
+    let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
+    let NewStatus { status } = serde_json::from_slice(&body.bytes).map_err(|error| {
+        if error.is_data() {
+            let reason = format!("must be {{\"status\": \"…\"}}: {error}");
+            Problem::Invalid(vec![Violation::new("", reason)])
+        } else {
+            Problem::Malformed(format!("the body is not JSON: {error}"))
+        }
+    })?;
+    relocate(&app, &parts.headers, &id, Destination::State(status)).await
+}
+
+pub(super) async fn cancel(
+    State(app): State<App>,
+    path: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    relocate(&app, &headers, &id(path)?, Destination::Cancelled).await
+}
+
+/// A UUID, or any text that stands for one.
+fn id(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
+    let Path(id) = path.map_err(|error| Problem::Malformed(error.body_text()))?;
+    if id.is_empty() || id.chars().count() > MAX_ID || id.contains('\0') {
+        return Err(Problem::UnknownOrder);
+    }
+    Ok(id)
+}
+
+async fn relocate(app: &App, headers: &HeaderMap, id: &str, to: Destination) -> Result<Response, Problem> {
+    let user_id = user(headers)?.map(ToOwned::to_owned);
+    let change = Move { target: Target { order_id: order_id_of(id), user_id }, to };
+    Ok(render(id, &app.orders.relocate(change, trace(headers)).await?))
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    /// As it was asked for.
+    #[serde(rename = "orderId")]
+    asked_id: &'a str,
+    order_id: Uuid,
+    status: &'a str,
+    message: &'static str,
+    version: i64,
+    order_status: &'a str,
+    order_version: i64,
+    correlation_id: Uuid,
+}
+
+fn render(asked_id: &str, done: &Done) -> Response {
+    let answer = Answer {
+        asked_id,
+        order_id: done.order_id,
+        status: &done.state.status,
+        message: match done.progress {
+            Progress::Answered => "The order has this status already",
+            Progress::Stored | Progress::Pending | Progress::Repeated => "Order status updated successfully",
+        },
+        version: done.version,
+        order_status: &done.state.status,
+        order_version: done.state.version,
+        correlation_id: done.correlation_id,
+    };
+    ([(header::ETAG, etag(done.state.version))], json(&answer)).into_response()
+}

@@ -1,0 +1,453 @@
+//! Behaviour in words: `features/*.feature`, carried out by cucumber over the real binaries, with
+//! topics and a database of its own for each scenario.
+
+use std::fmt::{self, Debug};
+
+use cucumber::{World, gherkin::Step, given, then, when};
+use serde_json::{Value, json};
+use test_support::{
+    Api, HttpClient, Message, Method, Record, Reply, Settings, System, Worker, beside_others, eventually,
+};
+use uuid::Uuid;
+
+/// So many at once: each has three processes and a database.
+const AT_ONCE: usize = 3;
+
+/// Topics as the lifecycles' files name them, and the variables that move them.
+const TOPICS: &[(&str, &str)] = &[
+    ("pay-order", "PAY_ORDER_TOPIC"),
+    ("payment-results", "PAYMENT_RESULTS_TOPIC"),
+    ("orders_exchange", "ORDER_CREATED_TOPIC"),
+    ("stock_update_exchange", "STOCK_UPDATE_TOPIC"),
+    ("order_confirmed_exchange", "ORDER_CONFIRMED_TOPIC"),
+    ("order_cancelled_exchange", "ORDER_CANCELLED_TOPIC"),
+    ("order.state.update", "ORDER_STATE_UPDATE_TOPIC"),
+    ("order.state.changed", "ORDER_STATE_CHANGED_TOPIC"),
+];
+
+async fn carry_out(feature: &str) {
+    let path = format!("{}/../features/{feature}.feature", env!("CARGO_MANIFEST_DIR"));
+    let cucumber = Shop::cucumber().with_default_cli().max_concurrent_scenarios(AT_ONCE);
+    let result = cucumber.fail_on_skipped().run(path).await;
+    assert!(!cucumber::writer::Stats::execution_has_failed(&result), "features/{feature}.feature: see above");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_feature_marketplace_is_as_described() {
+    let _turn = beside_others().await;
+    carry_out("marketplace").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_feature_payment_is_as_described() {
+    let _turn = beside_others().await;
+    carry_out("payment").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_feature_retail_is_as_described() {
+    let _turn = beside_others().await;
+    carry_out("retail").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_feature_shipment_is_as_described() {
+    let _turn = beside_others().await;
+    carry_out("shipment").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_feature_stock_saga_is_as_described() {
+    let _turn = beside_others().await;
+    carry_out("stock-saga").await;
+}
+
+/// What a scenario has: settings until something happens, then everything.
+#[derive(Default, World)]
+struct Shop {
+    lifecycle: String,
+    settings: Vec<(String, String)>,
+    running: Option<Running>,
+    /// Of the order that the scenario is about.
+    order_id: Option<String>,
+    user: String,
+    reply: Option<Reply>,
+}
+
+struct Running {
+    system: System,
+    api: Api,
+    _worker: Worker,
+}
+
+impl Debug for Shop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { lifecycle, settings, order_id, reply, .. } = self;
+        let reply = reply.as_ref().map(Reply::summary);
+        let log = self.running.as_ref().map(|running| running._worker.log());
+        write!(f, "{lifecycle} {settings:?} order {order_id:?} last answer {reply:?}\nworker's log:\n{log:?}")
+    }
+}
+
+impl Shop {
+    /// Starts everything with the first thing that happens.
+    async fn run(&mut self) -> &Running {
+        if self.running.is_none() {
+            let system = System::new().await;
+            let mut settings: Settings = system.settings();
+            for (topic, variable) in TOPICS {
+                settings.set(variable, topic_of(&system, topic));
+            }
+            settings.set("DEFAULT_LIFECYCLE", &self.lifecycle);
+            settings.set("SCHEDULER_INTERVAL", "100ms");
+            for (key, value) in &self.settings {
+                settings.set(key, value);
+            }
+            let (api, worker) = (Api::start(&settings).await, Worker::start(&settings).await);
+            self.running = Some(Running { system, api, _worker: worker });
+        }
+        self.running.as_ref().expect("just started")
+    }
+
+    fn running(&self) -> &Running {
+        self.running.as_ref().expect("something has happened before")
+    }
+
+    fn http(&self) -> &HttpClient {
+        self.running().api.http()
+    }
+
+    fn order_id(&self) -> &str {
+        self.order_id.as_deref().expect("there is an order")
+    }
+
+    fn reply(&self) -> &Reply {
+        self.reply.as_ref().expect("there was an answer")
+    }
+
+    async fn send(&mut self, method: Method, path: &str, body: Value) {
+        let headers = [("content-type", "application/json")];
+        let reply = self.http().send(method, path, &headers, body.to_string().into()).await;
+        self.reply = Some(reply.expect("an answer"));
+    }
+
+    async fn post(&mut self, user: &str, mut body: Value) {
+        self.run().await;
+        self.user = user.to_owned();
+        body["user_id"] = json!(user);
+        self.send(Method::POST, "/orders", body).await;
+        if let Some(order_id) = self.reply().json()["order_id"].as_str() {
+            self.order_id = Some(order_id.to_owned());
+        }
+    }
+
+    async fn set_status(&mut self, status: &str) {
+        let path = format!("/orders/{}/status", self.order_id());
+        self.send(Method::PUT, &path, json!({ "status": status })).await;
+    }
+
+    fn topic(&self, name: &str) -> String {
+        topic_of(&self.running().system, name)
+    }
+
+    async fn brings(&mut self, topic: &str, step: &Step, times: usize) {
+        self.run().await;
+        let body = self.body(step);
+        let records = (0..times).map(|_| Record::new("a key of the sender's own", body.clone())).collect();
+        self.running().system.kafka.produce_all(&self.topic(topic), records).await;
+    }
+
+    /// A docstring with the order's id in its place.
+    fn body(&self, step: &Step) -> String {
+        let text = step.docstring.as_deref().expect("a body");
+        text.replace("<order>", self.order_id.as_deref().unwrap_or("<order>")).trim().to_owned()
+    }
+
+    async fn order(&self) -> Value {
+        self.http().get_order(self.order_id()).await
+    }
+
+    async fn becomes(&self, status: &str) {
+        eventually(&format!("the order to become {status}"), || async {
+            let order = self.order().await;
+            if order["status"] == status { Ok(()) } else { Err(order.to_string()) }
+        })
+        .await;
+    }
+
+    async fn told(&self, topic: &str) -> Vec<Message> {
+        self.running().system.kafka.read(&self.topic(topic)).await
+    }
+
+    async fn parked(&self) -> Vec<Value> {
+        let reply = self.running().api.admin().get("/admin/parked").await.expect_status(200).json();
+        reply["parked"].as_array().cloned().unwrap_or_default()
+    }
+}
+
+fn topic_of(system: &System, name: &str) -> String {
+    format!("{}.{name}", system.events())
+}
+
+/// Has `found` all that `expected` has?
+fn holds(found: &Value, expected: &Value) -> bool {
+    match (found, expected) {
+        (Value::Object(found), Value::Object(expected)) => {
+            expected.iter().all(|(name, value)| found.get(name).is_some_and(|found| holds(found, value)))
+        }
+        (Value::Array(found), Value::Array(expected)) => {
+            found.len() == expected.len() && found.iter().zip(expected).all(|(found, value)| holds(found, value))
+        }
+        _ => found == expected,
+    }
+}
+
+// --- Given, When ---------------------------------------------------------------------------------
+
+#[given(regex = r#"^orders of the lifecycle "(.+)"$"#)]
+async fn lifecycle(shop: &mut Shop, name: String) {
+    shop.lifecycle = name;
+}
+
+#[given(regex = r#"^the setting "(.+)" is "(.+)"$"#)]
+async fn setting(shop: &mut Shop, key: String, value: String) {
+    shop.settings.push((key, value));
+}
+
+#[when(regex = r#"^user "?([^"]+)"? orders$"#)]
+async fn orders(shop: &mut Shop, step: &Step, user: String) {
+    let body = shop.body(step);
+    shop.post(&user, serde_json::from_str(&body).expect("a body of JSON")).await;
+}
+
+#[given(regex = r#"^user "?([^"]+?)"? has ordered for ([0-9.]+)$"#)]
+async fn has_ordered_for(shop: &mut Shop, user: String, amount: String) {
+    shop.post(&user, json!({ "amount": amount })).await;
+    assert_eq!(shop.reply().status, 201, "{}", shop.reply().summary());
+}
+
+#[given(regex = r#"^user "([^"]+)" has ordered$"#)]
+async fn has_ordered(shop: &mut Shop, user: String) {
+    shop.post(&user, json!({ "notes": "as always" })).await;
+    assert_eq!(shop.reply().status, 201, "{}", shop.reply().summary());
+}
+
+#[when(regex = r"^the client changes the amount to ([0-9.]+)$")]
+async fn changes_amount(shop: &mut Shop, amount: String) {
+    // A payload brings its own amount: what was wrong in the one before is gone with it.
+    let body = json!({ "order_id": shop.order_id(), "amount": amount, "payload": {} });
+    shop.send(Method::POST, "/orders", body).await;
+}
+
+#[when("the client deletes the order")]
+async fn deletes(shop: &mut Shop) {
+    let body = json!({ "order_id": shop.order_id(), "status": "deleted" });
+    shop.send(Method::POST, "/orders", body).await;
+}
+
+#[when(regex = r#"^somebody sets the status to "(.+)"$"#)]
+async fn sets_status(shop: &mut Shop, status: String) {
+    shop.set_status(&status).await;
+}
+
+#[given(regex = r#"^somebody has set the status to "(.+)"$"#)]
+async fn has_set_status(shop: &mut Shop, status: String) {
+    shop.set_status(&status).await;
+    assert_eq!(shop.reply().status, 200, "{}", shop.reply().summary());
+}
+
+#[when("somebody cancels the order")]
+async fn cancels(shop: &mut Shop) {
+    let path = format!("/orders/{}/cancel", shop.order_id());
+    shop.send(Method::POST, &path, Value::Null).await;
+}
+
+#[when(regex = r#"^"(.+)" brings$"#)]
+#[given(regex = r#"^"(.+)" has brought$"#)]
+async fn brings(shop: &mut Shop, step: &Step, topic: String) {
+    shop.brings(&topic, step, 1).await;
+}
+
+#[when(regex = r#"^"(.+)" brings twice$"#)]
+async fn brings_twice(shop: &mut Shop, step: &Step, topic: String) {
+    shop.brings(&topic, step, 2).await;
+}
+
+#[when(regex = r#"^"(.+)" brings, of an order that is not there yet$"#)]
+async fn brings_of_nothing(shop: &mut Shop, step: &Step, topic: String) {
+    shop.order_id = Some(Uuid::now_v7().to_string());
+    shop.brings(&topic, step, 1).await;
+}
+
+#[when("an operator discards what is parked for the order")]
+async fn discards(shop: &mut Shop) {
+    let path = format!("/admin/parked/discard?order_id={}", shop.order_id());
+    let reply = shop.running().api.admin().send(Method::POST, &path, &[], Default::default()).await;
+    assert_eq!(reply.expect("an answer").expect_status(200).number("count"), 1);
+}
+
+// --- Then ----------------------------------------------------------------------------------------
+
+#[then(regex = r"^the answer is (\d+)$")]
+async fn answer_is(shop: &mut Shop, status: u16) {
+    assert_eq!(shop.reply().status, status, "{}", shop.reply().summary());
+}
+
+#[then(regex = r#"^it names "(.+)"$"#)]
+async fn names(shop: &mut Shop, place: String) {
+    let errors = shop.reply().json()["errors"].clone();
+    let is_named = errors.as_array().is_some_and(|errors| errors.iter().any(|error| error["pointer"] == *place));
+    assert!(is_named, "{}", shop.reply().summary());
+}
+
+#[then(regex = r#"^it allows "(.*)"$"#)]
+async fn allows(shop: &mut Shop, states: String) {
+    let expected: Vec<_> = states.split(", ").filter(|state| !state.is_empty()).collect();
+    assert_eq!(shop.reply().json()["allowed"], json!(expected), "{}", shop.reply().summary());
+}
+
+#[then(regex = r#"^it says "(.+)" is "(.+)"$"#)]
+async fn says(shop: &mut Shop, field: String, value: String) {
+    let value = value.replace("<order>", shop.order_id());
+    assert_eq!(shop.reply().json()[&field], json!(value), "{}", shop.reply().summary());
+}
+
+#[then(regex = r#"^the order is "(.+)"$"#)]
+async fn order_is(shop: &mut Shop, status: String) {
+    assert_eq!(shop.order().await["status"], json!(status));
+}
+
+#[then(regex = r#"^the order becomes "(.+)"$"#)]
+#[given(regex = r#"^the order has become "(.+)"$"#)]
+async fn order_becomes(shop: &mut Shop, status: String) {
+    shop.becomes(&status).await;
+}
+
+#[then(regex = r"^the order comes to ([0-9.]+)$")]
+async fn comes_to(shop: &mut Shop, amount: String) {
+    // As it stands there: a number that was read would have lost its digits.
+    let reply = shop.http().get(&format!("/orders/{}", shop.order_id())).await;
+    let body = String::from_utf8_lossy(&reply.body).into_owned();
+    assert!(body.contains(&format!("\"amount\":{amount},")), "{body}");
+}
+
+#[then(regex = r"^the order has version (\d+)$")]
+async fn has_version(shop: &mut Shop, version: i64) {
+    assert_eq!(shop.order().await["version"], version);
+}
+
+#[then(regex = r#"^the order with the external id "(.+)" of user "(.+)" becomes "(.+)"$"#)]
+async fn external_becomes(shop: &mut Shop, external_id: String, user: String, status: String) {
+    let path = format!("/orders/by-external/{external_id}?user_id={user}");
+    eventually("the order to be there", || async {
+        let reply = shop.http().get(&path).await;
+        if reply.status == 200 && reply.text("status") == status { Ok(()) } else { Err(reply.summary()) }
+    })
+    .await;
+}
+
+#[then("all messages are handled")]
+async fn all_handled(shop: &mut Shop) {
+    let system = &shop.running().system;
+    eventually("all to be read and marked so", || async {
+        let mut behind = system.kafka.lag(system.events()).await;
+        for topic in ["payment-results", "stock_update_exchange", "order.state.update"] {
+            behind += system.kafka.lag(&shop.topic(topic)).await;
+        }
+        if behind == 0 { Ok(()) } else { Err(format!("{behind} records behind")) }
+    })
+    .await;
+}
+
+#[then("the history is")]
+async fn history_is(shop: &mut Shop, step: &Step) {
+    let expected: Vec<Vec<String>> = step.table.as_ref().expect("a table").rows[1..].to_vec();
+    eventually("the history", || async {
+        let history = shop.http().history(shop.order_id()).await;
+        let rows: Vec<Vec<String>> = history
+            .iter()
+            .filter(|row| row["ignored"] == false)
+            .map(|row| {
+                let text = |field: &str| row[field].as_str().unwrap_or_default().to_owned();
+                vec![row["version"].to_string(), text("to"), text("event")]
+            })
+            .collect();
+        if rows == expected { Ok(()) } else { Err(format!("{rows:?}")) }
+    })
+    .await;
+}
+
+#[then(regex = r#"^the history has "(.+)"$"#)]
+async fn history_has(shop: &mut Shop, event: String) {
+    in_history(shop, &event, false).await;
+}
+
+#[then(regex = r#"^the history has ignored "(.+)"$"#)]
+async fn history_has_ignored(shop: &mut Shop, event: String) {
+    in_history(shop, &event, true).await;
+}
+
+async fn in_history(shop: &Shop, event: &str, ignored: bool) {
+    eventually(&format!("{event} in the history"), || async {
+        let history = shop.http().history(shop.order_id()).await;
+        let found = history.iter().any(|row| row["event"] == event && row["ignored"] == ignored);
+        if found { Ok(()) } else { Err(json!(history).to_string()) }
+    })
+    .await;
+}
+
+#[then(regex = r#"^"(.+)" is told$"#)]
+async fn is_told(shop: &mut Shop, step: &Step, topic: String) {
+    let expected: Value = serde_json::from_str(&shop.body(step)).expect("a body of JSON");
+    eventually(&format!("{expected} on {topic}"), || async {
+        let told: Vec<Value> = shop.told(&topic).await.iter().map(Message::json).collect();
+        match told.iter().filter(|body| holds(body, &expected)).count() {
+            1 => Ok(()),
+            n => Err(format!("{n} times in {told:?}")),
+        }
+    })
+    .await;
+}
+
+#[then(regex = r#"^"(.+)" is told of the order (\d+) times?$"#)]
+async fn is_told_times(shop: &mut Shop, topic: String, times: usize) {
+    eventually(&format!("{times} messages on {topic}, and nothing left to be sent"), || async {
+        let unsent = shop.running().system.db.number("select count(*) from outbox", &[]).await;
+        let of_order = |message: &&Message| message.key_text() == shop.order_id();
+        let told = shop.told(&topic).await.iter().filter(of_order).count();
+        if told == times && unsent == 0 { Ok(()) } else { Err(format!("{told} told, {unsent} unsent")) }
+    })
+    .await;
+}
+
+#[then(regex = r#"^the message on "(.+)" has the order's id as its key$"#)]
+async fn has_key(shop: &mut Shop, topic: String) {
+    assert_eq!(shop.told(&topic).await[0].key_text(), shop.order_id());
+}
+
+#[then("operators see a conflict about the order")]
+async fn sees_conflict(shop: &mut Shop) {
+    eventually("a conflict", || async {
+        let stuck = shop.running().api.admin().get("/admin/stuck").await.expect_status(200).json();
+        let conflicts = stuck["conflicts"].as_array().cloned().unwrap_or_default();
+        let found = conflicts.iter().any(|entry| entry["order_id"] == json!(shop.order_id()));
+        if found { Ok(()) } else { Err(stuck.to_string()) }
+    })
+    .await;
+}
+
+#[then("operators see no conflict")]
+async fn sees_no_conflict(shop: &mut Shop) {
+    let stuck = shop.running().api.admin().get("/admin/stuck").await.expect_status(200).json();
+    assert_eq!(stuck["conflicts"], json!([]));
+}
+
+#[then(regex = r#"^operators see an? "(.+)" message that is "(.+)"$"#)]
+async fn sees_parked(shop: &mut Shop, kind: String, state: String) {
+    eventually(&format!("a parked message, {kind} and {state}"), || async {
+        let parked = shop.parked().await;
+        let found = parked.iter().any(|entry| entry["kind"] == *kind && entry["state"] == *state);
+        if found { Ok(()) } else { Err(json!(parked).to_string()) }
+    })
+    .await;
+}

@@ -1,0 +1,159 @@
+//! What operators use: the command line, and the routes of their own listener.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use test_support::{
+    Api, Method, Record, Settings, System, Worker, beside_others, eventually, refused_at_start, run_to_end,
+};
+
+use crate::lifecycles::Folder;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parked_messages_are_listed_shown_redriven_and_discarded_on_the_command_line() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let topic = format!("{}.results", system.events());
+    let settings = system.settings().with(&[("PAYMENT_RESULTS_TOPIC", &topic)]);
+    let _worker = Worker::start(&settings).await;
+    let bodies = ["no JSON", r#"{"order_id":"a","status":"perhaps"}"#];
+    system.kafka.produce_all(&topic, bodies.map(|body| Record::new("key", body)).to_vec()).await;
+    let of = async |args: &[&str]| run_to_end("worker", args, &settings).await;
+    let listed = async |args: &[&str]| -> Vec<Value> {
+        let (code, out) = of(&[&["parked", "list", "--json"], args].concat()).await;
+        assert_eq!(code, Some(0), "{out}");
+        serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error} in {out}"))
+    };
+    eventually("both to be parked", || async {
+        let parked = listed(&[]).await;
+        if parked.len() == 2 { Ok(()) } else { Err(format!("{parked:?}")) }
+    })
+    .await;
+
+    let (code, table) = of(&["parked", "list", "--topic", &topic, "--state", "dead"]).await;
+    assert_eq!(code, Some(0), "{table}");
+    assert!(table.starts_with("ID") && table.contains("unreadable") && table.contains("none of failed"), "{table}");
+    assert_eq!(listed(&["--limit", "1"]).await.len(), 1);
+    let second = listed(&["--reason", "perhaps"]).await[0]["id"].to_string();
+    let (code, shown) = of(&["parked", "show", &second]).await;
+    assert_eq!(code, Some(0), "{shown}");
+    assert!(shown.contains(bodies[1]) && shown.contains("key      key"), "{shown}");
+    assert_eq!(of(&["parked", "show", "999999"]).await.0, Some(1));
+
+    // To mean everything takes saying so.
+    let (code, said) = of(&["parked", "discard"]).await;
+    assert_eq!(code, Some(1), "{said}");
+    let (code, said) = of(&["parked", "redrive", "--id", &second]).await;
+    assert_eq!((code, said.trim()), (Some(0), "1 to be tried again"));
+    eventually("it to be tried and found as bad as before", || async {
+        let parked = listed(&["--id", &second]).await;
+        if parked[0]["state"] == "dead" && parked[0]["attempts"] == 1 { Ok(()) } else { Err(format!("{parked:?}")) }
+    })
+    .await;
+    let (code, said) = of(&["parked", "discard", "--all"]).await;
+    assert_eq!((code, said.trim()), (Some(0), "2 discarded"));
+    assert!(listed(&[]).await.is_empty());
+    assert_eq!(listed(&["--state", "discarded"]).await.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lifecycles_are_checked_and_drawn_on_the_command_line() {
+    let _turn = beside_others().await;
+    let settings = Settings::default();
+    let (code, drawn) = run_to_end("worker", &["lifecycle", "graph", "shipment"], &settings).await;
+    assert_eq!(code, Some(0), "{drawn}");
+    assert!(drawn.contains("stateDiagram-v2") && drawn.contains("Created --> WaitingForShipment"), "{drawn}");
+    let (code, said) = run_to_end("worker", &["lifecycle", "graph", "reincarnation"], &settings).await;
+    assert!(code == Some(1) && said.contains("there are marketplace, payment"), "{said}");
+
+    let sound = include_str!("../../../lifecycles/retail.toml");
+    let folder = Folder::with("retail.toml", sound);
+    let file = format!("{}/retail.toml", folder.path());
+    let (code, said) = run_to_end("worker", &["lifecycle", "check", &file], &settings).await;
+    assert!(code == Some(0) && said.contains("retail is sound: 5 states"), "{said}");
+    let folder = Folder::with("retail.toml", &sound.replace("to = \"shipped\"", "to = \"chipped\""));
+    let file = format!("{}/retail.toml", folder.path());
+    let (code, said) = run_to_end("worker", &["lifecycle", "check", &file], &settings).await;
+    assert!(code == Some(1) && said.contains("transitions[1].to") && said.contains("declare it"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn away_from_loopback_operators_must_say_who_they_are() {
+    let _turn = beside_others().await;
+    let open = Settings::default().with(&[("ADMIN_PORT", "0.0.0.0:0")]);
+    let said = refused_at_start("api-service", &open).await;
+    assert!(said.contains("ADMIN_PORT") && said.contains("ADMIN_TOKEN"), "{said}");
+
+    let system = System::new().await;
+    let settings = system.settings().with(&[("ADMIN_PORT", "0.0.0.0:0"), ("ADMIN_TOKEN", "s3cr3t")]);
+    let api = Api::start(&settings).await;
+    let admin = api.admin();
+    for (headers, status) in [
+        (vec![], 401),
+        (vec![("authorization", "Bearer s3cr3")], 401),
+        (vec![("authorization", "s3cr3t")], 401),
+        (vec![("authorization", "Bearer s3cr3t")], 200),
+    ] {
+        for path in ["/admin/parked", "/admin/stuck"] {
+            let reply = admin.send(Method::GET, path, &headers, Default::default()).await.expect("an answer");
+            assert_eq!(reply.status, status, "{path} {headers:?}: {}", reply.summary());
+        }
+    }
+    assert!(!api.log().contains("s3cr3t"));
+    // And not on the listener that everybody reaches.
+    api.http().get("/admin/parked").await.expect_status(404);
+    api.sigterm();
+    assert!(api.exit_within(Duration::from_secs(15)).await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_of_operators_and_movers_are_named() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let api = system.api().await;
+    let admin = api.admin();
+    for (method, path, status) in [
+        (Method::GET, "/admin/parked?limit=0", 422),
+        (Method::GET, "/admin/parked?limit=many", 400),
+        (Method::GET, "/admin/parked?state=lost", 400),
+        (Method::GET, "/admin/parked?colour=red", 400),
+        (Method::GET, "/admin/parked/x", 404),
+        (Method::GET, "/admin/parked/1", 404),
+        (Method::POST, "/admin/parked/1/redrive", 404),
+        (Method::POST, "/admin/parked/1/discard", 404),
+        (Method::POST, "/admin/parked/redrive", 422),
+        (Method::POST, "/admin/parked/discard?cursor=3", 422),
+        (Method::DELETE, "/admin/parked", 405),
+        (Method::GET, "/admin", 404),
+    ] {
+        let reply = admin.send(method.clone(), path, &[], Default::default()).await.expect("an answer");
+        assert_eq!(reply.status, status, "{method} {path}: {}", reply.summary());
+        reply.problem();
+    }
+    let order_id = api.http().post_order_async(&test_support::order("user")).await.expect_status(201).text("order_id");
+    let long = "x".repeat(300);
+    for (method, path, body, status) in [
+        (Method::PUT, format!("/orders/{order_id}/status"), "{", 400),
+        (Method::PUT, format!("/orders/{order_id}/status"), "{}", 422),
+        (Method::PUT, format!("/orders/{order_id}/status"), r#"{"status":7}"#, 422),
+        (Method::PUT, format!("/orders/{order_id}/status"), r#"{"status":"done","by":"me"}"#, 422),
+        (Method::PUT, format!("/orders/{order_id}/status"), r#"{"status":"deleted"}"#, 422),
+        (Method::PUT, format!("/orders/{order_id}/status"), r#"{"status":"\u0000"}"#, 422),
+        (Method::PATCH, "/orders/nobody's/status".to_owned(), r#"{"status":"done"}"#, 404),
+        (Method::PATCH, "/orders/%00/status".to_owned(), r#"{"status":"done"}"#, 404),
+        (Method::PATCH, format!("/orders/{long}/status"), r#"{"status":"done"}"#, 404),
+        (Method::POST, format!("/orders/{order_id}/status"), r#"{"status":"done"}"#, 405),
+        (Method::POST, "/orders/nobody's/cancel".to_owned(), "", 404),
+    ] {
+        let headers = [("content-type", "application/json")];
+        let reply = api.http().send(method.clone(), &path, &headers, body.into()).await.expect("an answer");
+        assert_eq!(reply.status, status, "{method} {path} {body}: {}", reply.summary());
+        reply.problem();
+    }
+    // Somebody else's order is not there.
+    let headers = [("content-type", "application/json"), ("x-user-id", "somebody else")];
+    let path = format!("/orders/{order_id}/status");
+    let reply = api.http().send(Method::PUT, &path, &headers, r#"{"status":"processing"}"#.into()).await;
+    reply.expect("an answer").expect_status(404);
+    api.assert_healthy().await;
+}

@@ -1,0 +1,326 @@
+//! Messages that fail: set aside, tried again, mended by operators; the others go on, and each
+//! order's messages keep their sequence.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use test_support::{
+    Api, HttpClient, Method, Record, Settings, System, Worker, alone, beside_others, eventually, wait_for,
+};
+use tokio::time::Instant;
+
+use crate::lifecycles::Folder;
+
+/// Orders that messages send to and fro, as often as one likes.
+const SWING: &str = r#"
+name = "swing"
+initial = "left"
+
+[states]
+left = {}
+right = {}
+
+[[transitions]]
+from = ["left"]
+to = "right"
+on = ["push"]
+
+[[transitions]]
+from = ["right"]
+to = "left"
+on = ["pull"]
+
+[[receives]]
+topic = "${SWING_TOPIC}"
+order_id = "/order"
+message_id = "/n"
+trigger = "/do"
+triggers = { push = "push", pull = "pull" }
+"#;
+
+/// A system with that lifecycle.
+struct Swing {
+    system: System,
+    settings: Settings,
+    topic: String,
+    _folder: Folder,
+}
+
+impl Swing {
+    async fn new(changes: &[(&str, &str)]) -> Self {
+        let system = System::new().await;
+        let folder = Folder::with("swing.toml", SWING);
+        let topic = format!("{}.swing", system.events());
+        let settings = system
+            .settings()
+            .with(&[
+                ("LIFECYCLES_DIR", &folder.path()),
+                ("SWING_TOPIC", &topic),
+                ("DEFAULT_LIFECYCLE", "swing"),
+                ("RETRY_DELAY", "50ms"),
+            ])
+            .with(changes);
+        system.kafka.create_topic(&topic, 4, &[]).await;
+        Self { system, settings, topic, _folder: folder }
+    }
+
+    /// Makes orders, handled and ready to be pushed.
+    async fn orders(&self, http: &HttpClient, count: usize) -> Vec<String> {
+        let mut ids = Vec::with_capacity(count);
+        for chunk in (0..count).collect::<Vec<_>>().chunks(64) {
+            let sent = chunk.iter().map(|n| json!({ "user_id": format!("user-{n}") }));
+            let posts = sent.map(|order| async move { http.post_order_async(&order).await.expect_status(201) });
+            ids.extend(futures_util::future::join_all(posts).await.iter().map(|reply| reply.text("order_id")));
+        }
+        wait_for("all orders to be handled", Duration::from_secs(60), || async {
+            match self.system.db.number("select count(*) from orders where version < 2", &[]).await {
+                0 => Ok(()),
+                n => Err(format!("{n} left")),
+            }
+        })
+        .await;
+        ids
+    }
+
+    /// The `n`th message of an order, from 0.
+    fn message(order_id: &str, n: usize) -> Record {
+        let what = if n.is_multiple_of(2) { "push" } else { "pull" };
+        Record::new(order_id, json!({ "order": order_id, "n": n, "do": what }).to_string())
+    }
+
+    /// Refuses changes of some orders, as a fault of the data does.
+    async fn refuse(&self, condition: &str) {
+        let sql = format!(
+            "create or replace function refuse() returns trigger language plpgsql as $$
+             begin raise exception 'poison' using errcode = 'P0001'; end $$;
+             create or replace trigger refuse before update on orders for each row
+             when (new.version > 2 and ({condition})) execute function refuse()"
+        );
+        self.system.db.execute(&sql).await;
+    }
+
+    async fn refuse_nothing(&self) {
+        self.system.db.execute("drop trigger refuse on orders").await;
+    }
+
+    async fn handled_become(&self, expected: i64, deadline: Duration) {
+        wait_for(&format!("{expected} messages to be handled"), deadline, || async {
+            let sql = "select count(*) from order_events where type in ('push', 'pull')";
+            match self.system.db.number(sql, &[]).await {
+                n if n == expected => Ok(()),
+                n => Err(format!("{n}")),
+            }
+        })
+        .await;
+    }
+
+    /// The messages of each order in the sequence in which they were handled.
+    async fn sequences(&self) -> HashMap<String, Vec<usize>> {
+        let sql = "select order_id || ' ' || string_agg(substring(cause from ':([0-9]+)$'), ',' order by version)
+            from order_events where type in ('push', 'pull') group by order_id";
+        let lines = self.system.db.lines(sql, &[]).await;
+        lines
+            .iter()
+            .filter_map(|line| line.split_once(' '))
+            .map(|(id, ns)| (id.to_owned(), ns.split(',').filter_map(|n| n.parse().ok()).collect()))
+            .collect()
+    }
+}
+
+async fn admin(api: &Api, method: Method, path: &str) -> Value {
+    let reply = api.admin().send(method, path, &[], Default::default()).await.expect("an answer");
+    reply.expect_status(200).json()
+}
+
+async fn count_parked(swing: &Swing, condition: &str) -> i64 {
+    swing.system.db.number(&format!("select count(*) from parked_messages where {condition}"), &[]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_poison_message_in_100_000_costs_the_others_little_and_keeps_its_orders_sequence() {
+    const ORDERS: usize = 5_000;
+    const EACH: usize = 20;
+    let _turn = alone().await;
+    let mut seconds = Vec::new();
+    for is_poisoned in [false, true] {
+        let swing = Swing::new(&[("RETRY_ATTEMPTS", "3")]).await;
+        let api = Api::start(&swing.settings).await;
+        let ids = {
+            let _worker = Worker::start(&swing.settings).await;
+            swing.orders(api.http(), ORDERS).await
+        };
+        if is_poisoned {
+            swing.refuse("new.user_id = 'user-77'").await;
+        }
+        for n in 0..EACH {
+            let round = ids.iter().map(|id| Swing::message(id, n)).collect();
+            swing.system.kafka.produce_all(&swing.topic, round).await;
+        }
+        let began = Instant::now();
+        let _worker = Worker::start(&swing.settings).await;
+        let others = if is_poisoned { ORDERS - 1 } else { ORDERS };
+        swing.handled_become((others * EACH) as i64, Duration::from_secs(300)).await;
+        seconds.push(began.elapsed().as_secs_f64());
+        if !is_poisoned {
+            continue;
+        }
+        let poisoned = &ids[77];
+        eventually("the poison to be dead and the rest to wait behind it", || async {
+            let states =
+                (count_parked(&swing, "state = 'dead'").await, count_parked(&swing, "state = 'waiting'").await);
+            if states == (1, EACH as i64 - 1) { Ok(()) } else { Err(format!("{states:?}")) }
+        })
+        .await;
+        let stuck = admin(&api, Method::GET, "/admin/stuck").await;
+        assert_eq!(stuck["blocked"][0]["order_id"], json!(poisoned), "{stuck}");
+        assert_eq!(stuck["blocked"][0]["waiting"], json!(EACH - 1), "{stuck}");
+        let listed = admin(&api, Method::GET, "/admin/parked?state=dead").await;
+        let id = listed["parked"][0]["id"].as_i64().expect("an id");
+        let shown = admin(&api, Method::GET, &format!("/admin/parked/{id}")).await;
+        assert_eq!(shown["errors"].as_array().map(Vec::len), Some(3), "{shown}");
+        assert!(shown["errors"][2]["error"].as_str().is_some_and(|error| error.contains("poison")), "{shown}");
+
+        swing.refuse_nothing().await;
+        let redriven = admin(&api, Method::POST, &format!("/admin/parked/redrive?order_id={poisoned}")).await;
+        assert_eq!(redriven["count"], 1);
+        swing.handled_become((ORDERS * EACH) as i64, Duration::from_secs(60)).await;
+        let sequences = swing.sequences().await;
+        assert!(sequences.values().all(|sequence| *sequence == (0..EACH).collect::<Vec<_>>()));
+        assert_eq!(count_parked(&swing, "state <> 'done'").await, 0);
+    }
+    let ratio = seconds[0] / seconds[1];
+    println!("without {:.1} s, with one poison message {:.1} s: {ratio:.2}", seconds[0], seconds[1]);
+    assert!(ratio >= 0.8, "the others were handled at {ratio:.2} of the rate without it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_dead_messages_are_redriven_at_once() {
+    const ORDERS: usize = 1_000;
+    let _turn = beside_others().await;
+    let swing = Swing::new(&[("RETRY_ATTEMPTS", "1")]).await;
+    let (api, _worker) = (Api::start(&swing.settings).await, Worker::start(&swing.settings).await);
+    let ids = swing.orders(api.http(), ORDERS).await;
+    swing.refuse("true").await;
+    let messages = ids.iter().map(|id| Swing::message(id, 0)).collect();
+    swing.system.kafka.produce_all(&swing.topic, messages).await;
+    wait_for("a thousand to be dead", Duration::from_secs(120), || async {
+        match count_parked(&swing, "state = 'dead'").await {
+            1_000 => Ok(()),
+            n => Err(format!("{n}")),
+        }
+    })
+    .await;
+    swing.refuse_nothing().await;
+    let began = Instant::now();
+    let redriven = admin(&api, Method::POST, &format!("/admin/parked/redrive?topic={}", swing.topic)).await;
+    assert_eq!(redriven["count"], 1_000);
+    swing.handled_become(ORDERS as i64, Duration::from_secs(120)).await;
+    println!("1,000 redriven in {:.1} s", began.elapsed().as_secs_f64());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_discarded_stays_so_and_lets_the_next_one_pass() {
+    let _turn = beside_others().await;
+    let swing = Swing::new(&[("RETRY_ATTEMPTS", "1")]).await;
+    let (api, worker) = (Api::start(&swing.settings).await, Worker::start(&swing.settings).await);
+    let ids = swing.orders(api.http(), 1).await;
+    swing.refuse("true").await;
+    let places = swing
+        .system
+        .kafka
+        .produce_all(
+            &swing.topic,
+            vec![Swing::message(&ids[0], 0), Swing::message(&ids[0], 1), Swing::message(&ids[0], 2)],
+        )
+        .await;
+    assert_eq!(places.len(), 3);
+    eventually("one dead and two behind it", || async {
+        let states = (count_parked(&swing, "state = 'dead'").await, count_parked(&swing, "state = 'waiting'").await);
+        if states == (1, 2) { Ok(()) } else { Err(format!("{states:?}")) }
+    })
+    .await;
+    swing.refuse_nothing().await;
+    let refused = api.admin().send(Method::POST, "/admin/parked/discard", &[], Default::default()).await;
+    refused.expect("an answer").expect_status(422); // which?
+    let discarded = admin(&api, Method::POST, "/admin/parked/discard?state=dead").await;
+    assert_eq!(discarded["count"], 1);
+    // The second cannot pull what was not pushed; the third pushes.
+    eventually("the third to be handled", || async {
+        let order = api.http().get_order(&ids[0]).await;
+        if order["status"] == "left" && order["version"] == 4 || order["status"] == "right" {
+            Ok(())
+        } else {
+            Err(order.to_string())
+        }
+    })
+    .await;
+    let listed = admin(&api, Method::GET, "/admin/parked?state=discarded").await;
+    assert_eq!(listed["parked"].as_array().map(Vec::len), Some(1));
+    drop(worker);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parking_under_fire_keeps_each_orders_sequence() {
+    const ORDERS: usize = 200;
+    const EACH: usize = 20;
+    let _turn = alone().await;
+    let swing = Swing::new(&[("RETRY_ATTEMPTS", "1000"), ("RETRY_DELAY_MAX", "200ms")]).await;
+    let api = Api::start(&swing.settings).await;
+    let _workers = [Worker::start(&swing.settings).await, Worker::start(&swing.settings).await];
+    let ids = swing.orders(api.http(), ORDERS).await;
+    swing.refuse("random() < 0.2").await;
+    for n in 0..EACH {
+        let round = ids.iter().map(|id| Swing::message(id, n)).collect();
+        swing.system.kafka.produce_all(&swing.topic, round).await;
+        if n % 4 == 3 {
+            // Partitions change hands while messages are in all states: once in order, once not.
+            let third = Worker::start(&swing.settings).await;
+            if n % 8 == 3 {
+                third.kill9();
+            } else {
+                third.sigterm();
+                third.exit_within(Duration::from_secs(20)).await;
+            }
+        }
+    }
+    wait_for("every message to be handled", Duration::from_secs(180), || async {
+        let sql = "select count(*) from order_events where type in ('push', 'pull')";
+        let handled = swing.system.db.number(sql, &[]).await;
+        let open = count_parked(&swing, "state not in ('done')").await;
+        if handled == (ORDERS * EACH) as i64 && open == 0 {
+            Ok(())
+        } else {
+            Err(format!("{handled} handled, {open} open"))
+        }
+    })
+    .await;
+    let parked = count_parked(&swing, "true").await;
+    println!("{parked} of {} were parked on their way", ORDERS * EACH);
+    assert!(parked > 0, "nothing failed");
+    let sequences = swing.sequences().await;
+    assert_eq!(sequences.len(), ORDERS);
+    for (id, sequence) in sequences {
+        assert_eq!(sequence, (0..EACH).collect::<Vec<_>>(), "order {id}");
+    }
+    let ignored = swing.system.db.lines("select cause from order_events where ignored and type <> 'noted'", &[]).await;
+    assert!(ignored.is_empty(), "{ignored:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_for_an_order_that_never_comes_is_dead_after_the_last_attempt() {
+    let _turn = beside_others().await;
+    let swing = Swing::new(&[("RETRY_ATTEMPTS", "3")]).await;
+    let (api, _worker) = (Api::start(&swing.settings).await, Worker::start(&swing.settings).await);
+    swing.system.kafka.produce(&swing.topic, Swing::message("nobody's", 0)).await;
+    eventually("it to be given up", || async {
+        let listed = admin(&api, Method::GET, "/admin/parked").await;
+        let entry = &listed["parked"][0];
+        if entry["state"] == "dead" && entry["kind"] == "early" && entry["attempts"] == 3 {
+            Ok(())
+        } else {
+            Err(listed.to_string())
+        }
+    })
+    .await;
+}

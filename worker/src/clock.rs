@@ -1,0 +1,146 @@
+//! The clock: moves orders whose time has come, each by what its lifecycle fires then. Any number
+//! of workers may run one: each order is moved by whoever locks it first.
+
+use std::{collections::HashMap, time::Duration};
+
+use shared::{
+    backoff::Backoff,
+    db::{DbError, Fault},
+    message::{Headers, now},
+    outbox::Placed,
+};
+use time::OffsetDateTime;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    batch::Handler,
+    config::ClockSettings,
+    handler::{Order, Trouble, after, time_out},
+    store::{self, Handled},
+};
+
+/// How long an order that cannot be moved is left alone.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Most of those; beyond that they are only tried more often.
+const MAX_TROUBLED: usize = 1_000;
+
+pub(crate) struct Clock {
+    handler: Handler,
+    settings: ClockSettings,
+    /// Orders that could not be moved, and when they are looked at again.
+    troubled: HashMap<Uuid, Instant>,
+}
+
+impl Clock {
+    pub(crate) fn new(handler: Handler, settings: ClockSettings) -> Self {
+        Self { handler, settings, troubled: HashMap::new() }
+    }
+
+    /// Moves what is due, at most a batch in each interval, until `stop`: after a time of standing
+    /// still it catches up no faster than that.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut backoff = Backoff::RECONNECT;
+        let mut next = Instant::now();
+        loop {
+            next = (next + self.settings.scheduler_interval).max(Instant::now());
+            match self.run_once(now(), self.settings.scheduler_batch_size).await {
+                Ok(_) => backoff.reset(),
+                Err(error) => {
+                    tracing::warn!(error = format!("{:#}", anyhow::Error::from(error)), "the clock waits");
+                    next = next.max(Instant::now() + backoff.delay());
+                }
+            }
+            if stop.run_until_cancelled(tokio::time::sleep_until(next)).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Moves orders that are due at this time, at most so many, each by one step. How many.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub(crate) async fn run_once(&mut self, at: OffsetDateTime, limit: i64) -> Result<usize, DbError> {
+        let now = Instant::now();
+        self.troubled.retain(|_, until| *until > now);
+        let mut limit = limit;
+        loop {
+            let mut claimed = Vec::new();
+            match self.step(at, limit, &mut claimed).await {
+                Ok(moved) => return Ok(moved),
+                // Fewer and fewer, until the one that the database refuses is alone.
+                Err(error) if error.fault() == Fault::Data && claimed.len() > 1 => {
+                    limit = i64::try_from(claimed.len() / 2).unwrap_or(1).max(1);
+                }
+                Err(error) if error.fault() == Fault::Data && !claimed.is_empty() => {
+                    self.leave_alone(claimed[0], &format!("{:#}", anyhow::Error::from(error)));
+                    return Ok(0);
+                }
+                Err(error) if error.fault() == Fault::Contention => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn step(&mut self, at: OffsetDateTime, limit: i64, claimed: &mut Vec<Uuid>) -> Result<usize, DbError> {
+        let handler = self.handler.clone();
+        let connection = handler.db.connection().await?;
+        let except: Vec<Uuid> = self.troubled.keys().copied().collect();
+        let began = Instant::now();
+        let mut refused: Vec<(Uuid, String)> = Vec::new();
+        let work = async {
+            let due = store::lock_due(&connection, at, limit, &except).await?;
+            claimed.extend(due.keys());
+            let (mut rows, mut messages, mut orders) = (Vec::new(), Vec::new(), Vec::<(Uuid, i64, Order)>::new());
+            for (order_id, locked) in &due {
+                let order = &locked.order;
+                let moved = time_out(handler.lifecycles, order, at).and_then(|handling| {
+                    let reason = Some(handling.name.as_str());
+                    let (lifecycle, parties) = (&order.lifecycle, locked.parties());
+                    let trace = Headers::default();
+                    let messages = handler.emitted(lifecycle, *order_id, &parties, &handling, reason, &trace, at);
+                    Ok((messages.map_err(Trouble::Failed)?, handling))
+                });
+                match moved {
+                    Ok((emitted, handling)) => {
+                        orders.push((*order_id, order.version, after(order, &handling)));
+                        messages.extend(emitted);
+                        let cause = format!("timeout in {} at version {}", order.status, order.version);
+                        rows.push(Handled { order_id: *order_id, cause, correlation_id: None, handling });
+                    }
+                    Err(Trouble::Early(reason) | Trouble::Failed(reason) | Trouble::Hopeless(reason)) => {
+                        refused.push((*order_id, reason));
+                    }
+                }
+            }
+            let orders: Vec<_> = orders.iter().map(|(id, found, order)| (*id, *found, order)).collect();
+            let sent: Vec<Placed> = match rows.as_slice() {
+                [] => Vec::new(),
+                rows => store::write_handlings(&connection, rows, &orders, messages, at).await?,
+            };
+            let ids: Vec<Uuid> = orders.iter().map(|(id, ..)| *id).collect();
+            let woke = !ids.is_empty() && store::parked::wake_early(&connection, &ids, at).await? > 0;
+            Ok((ids.len(), sent, woke))
+        };
+        let (moved, sent, woke) = connection.transaction(handler.db.settings.write_timeout, work).await?;
+        handler.outbox.publish(sent, began);
+        if woke {
+            handler.wake.notify_one();
+        }
+        for (order_id, reason) in refused {
+            self.leave_alone(order_id, &reason);
+        }
+        metrics::counter!("orderstream_clock_moved_total").increment(moved as u64);
+        Ok(moved)
+    }
+
+    fn leave_alone(&mut self, order_id: Uuid, reason: &str) {
+        tracing::error!(order.id = %order_id, reason, "the clock cannot move an order; /admin/stuck lists it");
+        metrics::counter!("orderstream_clock_refused_total").increment(1);
+        if self.troubled.len() < MAX_TROUBLED {
+            self.troubled.insert(order_id, Instant::now() + PATIENCE);
+        }
+    }
+}

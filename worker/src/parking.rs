@@ -1,0 +1,249 @@
+//! Tries parked messages again when their time has come, each under its order's lock; what waits
+//! behind one follows in its sequence (DESIGN 6.4).
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::{StreamExt as _, stream};
+use shared::{
+    backoff::Backoff,
+    db::{Connection, DbError, Fault},
+    message::{Message, now},
+    outbox::Placed,
+    parked::{Kind, State, release_next},
+};
+use time::OffsetDateTime;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    batch::{Handler, Reply, Told},
+    store::{
+        self,
+        parked::{self, Attempt, Parked},
+    },
+};
+
+/// Most messages in one round.
+const LIMIT: i64 = 256;
+/// So many are tried side by side; those of one order never are.
+const AT_ONCE: usize = 4;
+/// How often we look when nobody wakes us.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// Retries parked messages.
+#[derive(Clone)]
+pub(crate) struct Parking {
+    pub handler: Handler,
+    /// Answers, for those of the senders who still want one.
+    pub answer: Arc<dyn Fn(Vec<Reply>) + Send + Sync>,
+}
+
+impl Parking {
+    /// Tries what is due, round after round, until `stop`.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        let mut backoff = Backoff::RECONNECT;
+        loop {
+            let pause = match self.run_once(now(), LIMIT).await {
+                Ok(tried) if tried > 0 => {
+                    backoff.reset();
+                    Duration::ZERO
+                }
+                Ok(_) => {
+                    backoff.reset();
+                    INTERVAL
+                }
+                Err(error) => {
+                    tracing::warn!(error = format!("{:#}", anyhow::Error::from(error)), "trying parked messages again");
+                    backoff.delay()
+                }
+            };
+            let woken = tokio::time::timeout(pause, self.handler.wake.notified());
+            if stop.run_until_cancelled(woken).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Tries the messages that are due at this time, at most so many. How many there were.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub(crate) async fn run_once(&self, at: OffsetDateTime, limit: i64) -> Result<usize, DbError> {
+        let due = {
+            let connection = self.handler.db.connection().await?;
+            connection.within(self.handler.db.settings.query_timeout, parked::due(&connection, at, limit)).await?
+        };
+        let count = due.len();
+        let mut tries = stream::iter(due).map(|id| self.try_again(id, at)).buffer_unordered(AT_ONCE);
+        let mut result = Ok(count);
+        while let Some(tried) = tries.next().await {
+            if let Err(error) = tried {
+                result = Err(error);
+            }
+        }
+        result
+    }
+
+    async fn try_again(&self, id: i64, at: OffsetDateTime) -> Result<(), DbError> {
+        let connection = self.handler.db.connection().await?;
+        let deadline = self.handler.db.settings.write_timeout;
+        let began = Instant::now();
+        match connection.transaction(deadline, self.attempt(&connection, id, at)).await {
+            Ok(tried) => {
+                self.handler.outbox.publish(tried.sent, began);
+                if tried.woke {
+                    self.handler.wake.notify_one();
+                }
+                (self.answer)(tried.replies);
+                Ok(())
+            }
+            // Its own fault again; whatever it had begun is undone.
+            Err(error) if error.fault() == Fault::Data => {
+                let error = format!("{:#}", anyhow::Error::from(error));
+                connection.transaction(deadline, self.note_failure(&connection, id, at, error)).await
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The order's lock first, then the message's: everybody takes them so.
+    async fn lock(&self, connection: &Connection, id: i64, at: OffsetDateTime) -> Result<Option<Parked>, DbError> {
+        if let Some(order_id) = parked::order_of(connection, id).await? {
+            store::lock_orders(connection, &[order_id]).await?;
+        }
+        parked::lock_due(connection, id, at).await
+    }
+
+    async fn attempt(&self, connection: &Connection, id: i64, at: OffsetDateTime) -> Result<Tried, DbError> {
+        let Some(message) = self.lock(connection, id, at).await? else { return Ok(Tried::default()) };
+        if message.kind == Kind::Unsent {
+            send_again(connection, &message).await?;
+            self.end(connection, id, &message, Verdict::Done, at).await?;
+            return Ok(Tried::default());
+        }
+        let said = match message.record.read(self.handler.lifecycles) {
+            Ok(said) => said,
+            Err(reason) => {
+                let verdict = Verdict::Again { kind: Kind::Unreadable, reason, is_hopeless: true };
+                self.end(connection, id, &message, verdict, at).await?;
+                return Ok(Tried::default());
+            }
+        };
+        let told = [Told { record: &message.record, said }];
+        let outcome = self.handler.under_locks(connection, &told, true).await?;
+        let verdict = match outcome.parks.first() {
+            Some(park) => {
+                // Early, and there is an order that may still come to where this moves it.
+                let is_hopeless = park.state == State::Dead;
+                Verdict::Again { kind: park.kind, reason: park.reason.clone(), is_hopeless }
+            }
+            None => Verdict::Done,
+        };
+        let has_ended = self.end(connection, id, &message, verdict, at).await?;
+        // Whoever sent it was told that it is put off; now there is an answer.
+        let replies = if has_ended { outcome.replies } else { Vec::new() };
+        Ok(Tried { replies, sent: outcome.sent, woke: outcome.woke || has_ended })
+    }
+
+    /// Keeps what became of an attempt, and lets the next one go where this is no longer in its
+    /// way; whether it is not.
+    async fn end(
+        &self,
+        connection: &Connection,
+        id: i64,
+        message: &Parked,
+        verdict: Verdict,
+        at: OffsetDateTime,
+    ) -> Result<bool, DbError> {
+        let retries = &self.handler.retries;
+        let attempts = message.attempts.saturating_add(1);
+        let next = Some(at + retries.delay(attempts.saturating_add(1)));
+        let (kind, state, error, next_attempt_at) = match verdict {
+            Verdict::Done => (message.kind, State::Done, None, None),
+            Verdict::Again { kind, reason, is_hopeless } => {
+                let waits_for_order = kind == Kind::Early && self.has_order(connection, message.order_id).await?;
+                let is_last = is_hopeless || (attempts >= retries.retry_attempts && !waits_for_order);
+                let state = match kind {
+                    _ if is_last => State::Dead,
+                    Kind::Early => State::Waiting,
+                    _ => State::Retrying,
+                };
+                (kind, state, Some(reason), next.filter(|_| !is_last))
+            }
+        };
+        let attempt = Attempt { kind, state, attempts, error: error.as_deref(), next_attempt_at };
+        parked::record_attempt(connection, id, &attempt, at).await?;
+        metrics::counter!("orderstream_parked_attempts_total", "result" => state.name()).increment(1);
+        let place = message.record.place();
+        match (&error, state) {
+            (None, _) => tracing::info!(message.id = id, %place, attempts, "handled a parked message"),
+            (Some(error), State::Dead) => {
+                tracing::error!(message.id = id, %place, attempts, error, "gave a parked message up");
+            }
+            (Some(error), _) => tracing::warn!(message.id = id, %place, attempts, error, "tried a parked message"),
+        }
+        let is_in_the_way = kind == Kind::Failed && state != State::Done;
+        if is_in_the_way {
+            return Ok(false);
+        }
+        match message.order_id {
+            Some(order_id) => {
+                release_next(connection, &[order_id]).await.map(|released| released > 0 || error.is_none())
+            }
+            None => Ok(error.is_none()),
+        }
+    }
+
+    async fn has_order(&self, connection: &Connection, order_id: Option<Uuid>) -> Result<bool, DbError> {
+        let Some(order_id) = order_id else { return Ok(false) };
+        Ok(!store::lock_orders(connection, &[order_id]).await?.is_empty())
+    }
+
+    async fn note_failure(
+        &self,
+        connection: &Connection,
+        id: i64,
+        at: OffsetDateTime,
+        reason: String,
+    ) -> Result<(), DbError> {
+        let Some(message) = self.lock(connection, id, at).await? else { return Ok(()) };
+        // A failure of the database's is no verdict on an early message's time.
+        let kind = if message.kind == Kind::Unsent { Kind::Unsent } else { Kind::Failed };
+        let verdict = Verdict::Again { kind, reason, is_hopeless: false };
+        self.end(connection, id, &message, verdict, at).await.map(drop)
+    }
+}
+
+/// What an attempt came to.
+enum Verdict {
+    Done,
+    Again { kind: Kind, reason: String, is_hopeless: bool },
+}
+
+/// What is to be done when an attempt has committed.
+#[derive(Default)]
+struct Tried {
+    replies: Vec<Reply>,
+    sent: Vec<Placed>,
+    woke: bool,
+}
+
+/// Back into the outbox, where the sweeper finds it.
+async fn send_again(connection: &Connection, message: &Parked) -> Result<(), DbError> {
+    let (Some(order_id), Some(version), Some(seq)) = (message.order_id, message.version, message.seq) else {
+        return Ok(());
+    };
+    let text = |bytes: &Option<Vec<u8>>| String::from_utf8_lossy(bytes.as_deref().unwrap_or_default()).into_owned();
+    let record = &message.record;
+    let message = Message {
+        order_id,
+        version,
+        seq,
+        topic: record.topic.clone(),
+        key: text(&record.key),
+        headers: record.headers.clone(),
+        body: text(&record.body),
+    };
+    parked::send_again(connection, &message).await
+}
