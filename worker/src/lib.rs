@@ -32,13 +32,7 @@ use shared::{
 use tokio::{net::TcpListener, sync::Notify, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    batch::{Handler, Reply},
-    clock::Clock,
-    config::Config,
-    http::App,
-    parking::Parking,
-};
+use crate::{batch::Handler, clock::Clock, config::Config, http::App, parking::Parking};
 
 const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -125,25 +119,26 @@ async fn work(
     let clocks = (0..config.clock.scheduler_worker_count)
         .map(|_| Clock::new(handler.clone(), config.clock.clone()).run(leaving.clone()));
     let clocks = futures_util::future::join_all(clocks);
-    let parking = Parking { handler: handler.clone(), answer: answer_with(producer.clone()) }.run(leaving.clone());
+    let parking = Parking { handler: handler.clone() }.run(leaving.clone());
     let reading = consumer::run(handler.clone(), producer, &config.kafka, &config.worker.worker_group, leaving);
-    // Each ends with the others or after them; a panic in one of them ends all.
-    let handling = async { tokio::join!(reading, clocks, parking).0 };
+    let others = async { tokio::join!(clocks, parking) };
+    tokio::pin!(reading, others);
+    let handling = async {
+        tokio::select! {
+            // In order, it ends first; and what it cannot go on with ends all.
+            result = &mut reading => {
+                result?;
+                others.await;
+                Ok(())
+            }
+            _ = &mut others => reading.await,
+        }
+    };
     tokio::select! {
         result = handling => result,
+        // Those two end only after the reading.
         _ = futures_util::future::join(measuring, sweeping) => Ok(()),
     }
-}
-
-/// Answers to messages that were put off: sent and forgotten, since nobody waits for them here.
-fn answer_with(producer: Producer) -> Arc<dyn Fn(Vec<Reply>) + Send + Sync> {
-    Arc::new(move |replies| {
-        for Reply { to, key, headers, body } in replies {
-            if let Err(error) = producer.send(&to.topic, Some(to.partition), &key, &headers, &body) {
-                tracing::debug!(%error, "an answer was not sent");
-            }
-        }
-    })
 }
 
 async fn prepare(

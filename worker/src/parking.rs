@@ -1,7 +1,7 @@
 //! Tries parked messages again when their time has come, each under its order's lock; what waits
 //! behind one follows in its sequence (DESIGN 6.4).
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
 use shared::{
@@ -35,8 +35,6 @@ const INTERVAL: Duration = Duration::from_millis(500);
 #[derive(Clone)]
 pub(crate) struct Parking {
     pub handler: Handler,
-    /// Answers, for those of the senders who still want one.
-    pub answer: Arc<dyn Fn(Vec<Reply>) + Send + Sync>,
 }
 
 impl Parking {
@@ -95,7 +93,7 @@ impl Parking {
                 if tried.woke {
                     self.handler.wake.notify_one();
                 }
-                (self.answer)(tried.replies);
+                self.answer(tried.replies);
                 Ok(())
             }
             // Its own fault again; whatever it had begun is undone.
@@ -104,6 +102,16 @@ impl Parking {
                 connection.transaction(deadline, self.note_failure(&connection, id, at, error)).await
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// For senders who may still want to know. Sent and forgotten: nobody here waits for it.
+    fn answer(&self, replies: Vec<Reply>) {
+        for Reply { to, key, headers, body } in replies {
+            let producer = self.handler.outbox.producer();
+            if let Err(error) = producer.send(&to.topic, Some(to.partition), &key, &headers, &body) {
+                tracing::debug!(%error, "an answer was not sent");
+            }
         }
     }
 
