@@ -7,12 +7,11 @@ use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{Consumer as _, StreamConsumer},
     error::RDKafkaErrorCode,
-    message::Headers as _,
 };
 use shared::{
     backoff::Backoff,
     kafka::{Context, Producer, client_config, ensure_topics},
-    message::{Answer, CORRELATION_ID, ReplyTo},
+    message::{Answer, CORRELATION_ID, Headers, ReplyTo},
     settings::KafkaSettings,
 };
 use tokio::sync::watch;
@@ -123,9 +122,8 @@ async fn listen_once(
         match consumer.recv().await {
             Ok(record) => {
                 // Only this header, and without a copy: this is done for every answer.
-                let headers = record.headers().into_iter().flat_map(|headers| headers.iter());
-                let mut ids = headers.filter(|header| header.key == CORRELATION_ID);
-                if let Some(id) = ids.next().and_then(|header| Uuid::from_slice(header.value?).ok()) {
+                let id = Headers::find(record.headers(), CORRELATION_ID, |value| Uuid::from_slice(value).ok());
+                if let Some(id) = id {
                     waiters.answer(id, || read(record.payload(), id));
                 }
             }

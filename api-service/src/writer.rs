@@ -314,10 +314,11 @@ impl Task {
         for _ in 0..2 {
             let Some(found) = read::reference(connection, &row.user_id, external_id).await? else { break };
             if !found.deleted {
-                return Ok(if found.fingerprint == row.fingerprint.0.to_be_bytes() {
-                    Ok(Written::Before { order_id: found.order_id, correlation_id: found.correlation_id })
-                } else {
-                    Err(Problem::ExternalIdTaken { order_id: found.order_id })
+                return Ok(match found.correlation_id {
+                    Some(correlation_id) if found.fingerprint == row.fingerprint.0.to_be_bytes() => {
+                        Ok(Written::Before { order_id: found.order_id, correlation_id })
+                    }
+                    _ => Err(Problem::ExternalIdTaken { order_id: found.order_id }),
                 });
             }
             let began = Instant::now();

@@ -1,6 +1,6 @@
 //! What goes over Kafka: events to `orders.events`, answers to `orders.ack`, and their headers.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{borrow::Cow, collections::BTreeMap, panic::AssertUnwindSafe};
 
 use rdkafka::message::{BorrowedHeaders, Header, Headers as _, OwnedHeaders};
 use serde::{Deserialize, Serialize};
@@ -129,6 +129,8 @@ pub struct ReplyTo {
 }
 
 impl Headers {
+    pub const NONE: Self = Self(Vec::new());
+
     /// CloudEvents 1.0, Kafka binding, binary mode.
     #[must_use]
     pub fn cloud_event(id: Uuid, kind: &str, source: &str, at: OffsetDateTime) -> Self {
@@ -172,10 +174,23 @@ impl Headers {
         TRACE_HEADERS.into_iter().filter_map(|name| Some((name, self.get(name)?)))
     }
 
+    /// What `read` makes of the first header of this name, without a copy of the others.
+    pub fn find<T>(headers: Option<&BorrowedHeaders>, name: &str, read: impl FnOnce(&[u8]) -> Option<T>) -> Option<T> {
+        // As in `of_record`.
+        std::panic::catch_unwind(AssertUnwindSafe(|| read(headers?.iter().find(|header| header.key == name)?.value?)))
+            .ok()
+            .flatten()
+    }
+
+    /// `None` where a name is no text; Kafka itself takes any bytes.
     #[must_use]
-    pub fn of_record(headers: Option<&BorrowedHeaders>) -> Self {
-        let headers = headers.into_iter().flat_map(|headers| headers.iter());
-        Self(headers.map(|h| (h.key.to_owned().into(), h.value.unwrap_or_default().to_vec())).collect())
+    pub fn of_record(headers: Option<&BorrowedHeaders>) -> Option<Self> {
+        // rdkafka unwraps the name's UTF-8, and has no other way to it.
+        std::panic::catch_unwind(AssertUnwindSafe(|| {
+            let headers = headers.into_iter().flat_map(|headers| headers.iter());
+            Self(headers.map(|h| (h.key.to_owned().into(), h.value.unwrap_or_default().to_vec())).collect())
+        }))
+        .ok()
     }
 
     #[must_use]

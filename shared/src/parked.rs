@@ -88,10 +88,12 @@ pub struct Filter {
     #[arg(long)]
     pub order_id: Option<Uuid>,
     /// Those of one topic
-    #[arg(long)]
+    #[arg(long, value_parser = some_text)]
+    #[serde(default, deserialize_with = "some_text_of")]
     pub topic: Option<String>,
     /// Those whose reason contains this text
-    #[arg(long)]
+    #[arg(long, value_parser = some_text)]
+    #[serde(default, deserialize_with = "some_text_of")]
     pub reason: Option<String>,
     /// Those in one state
     #[arg(long)]
@@ -99,6 +101,16 @@ pub struct Filter {
     /// Those of one kind
     #[arg(long)]
     pub kind: Option<Kind>,
+}
+
+/// An empty text is in every text: whoever forgot to say which would mean them all.
+fn some_text(text: &str) -> Result<String, &'static str> {
+    if text.is_empty() { Err("must not be empty") } else { Ok(text.to_owned()) }
+}
+
+fn some_text_of<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    some_text(&text).map(Some).map_err(serde::de::Error::custom)
 }
 
 impl Filter {
@@ -237,31 +249,34 @@ pub async fn redrive(db: &Db, filter: &Filter) -> Result<u64, DbError> {
 /// # Errors
 /// When PostgreSQL is away.
 pub async fn discard(db: &Db, filter: &Filter) -> Result<u64, DbError> {
-    // The orders' locks first, as everybody takes them: who parks a message behind one of these
-    // at this moment must see it as it was, or as it will be.
-    const ORDERS: &str = concat!(
-        "select o.order_id from orders o
-         where o.order_id = any (array(
-             select p.order_id from parked_messages p where ",
-        matches_filter!(),
-        " and p.order_id is not null and p.state not in ('done', 'discarded')))
-         order by o.order_id for update"
-    );
-    const DISCARD: &str = concat!(
-        "update parked_messages p
-         set state = 'discarded', next_attempt_at = null, updated_at = clock_timestamp()
-         where ",
+    const WHICH: &str = concat!(
+        "select p.id, p.order_id from parked_messages p where ",
         matches_filter!(),
         " and p.state not in ('done', 'discarded')"
     );
+    // The orders' locks first, as everybody takes them: who parks a message behind one of these
+    // at this moment must see it as it was, or as it will be.
+    const ORDERS: &str = "
+        select o.order_id from unnest($1::uuid[]) as i(order_id) join orders o on o.order_id = i.order_id
+        order by o.order_id for update of o";
+    const DISCARD: &str = "
+        update parked_messages p
+        set state = 'discarded', next_attempt_at = null, updated_at = clock_timestamp()
+        from unnest($1::bigint[]) as i(id)
+        where p.id = i.id and p.state not in ('done', 'discarded')";
     let connection = db.connection().await?;
     let work = async {
-        let statement = connection.prepared(ORDERS).await?;
+        let client = connection.client();
         let Filter { id, order_id, topic, reason, state, kind } = filter;
         let (state, kind) = (state.map(State::name), kind.map(Kind::name));
-        let rows = connection.client().query(&statement, &[id, order_id, topic, reason, &state, &kind]).await?;
-        let orders: Vec<Uuid> = rows.iter().map(|row| row.get(0)).collect();
-        let discarded = update(&connection, DISCARD, filter).await?;
+        let which =
+            client.query(&connection.prepared(WHICH).await?, &[id, order_id, topic, reason, &state, &kind]).await?;
+        let ids: Vec<i64> = which.iter().map(|row| row.get(0)).collect();
+        let mut orders: Vec<Uuid> = which.iter().filter_map(|row| row.get(1)).collect();
+        orders.sort_unstable();
+        orders.dedup();
+        client.query(&connection.prepared(ORDERS).await?, &[&orders]).await?;
+        let discarded = client.execute(&connection.prepared(DISCARD).await?, &[&ids]).await?;
         release_next(&connection, &orders).await?;
         Ok(discarded)
     };

@@ -19,6 +19,7 @@ const SIZES: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 51
 /// When `LOG_LEVEL` makes no sense.
 pub fn log(settings: &ServiceSettings) -> anyhow::Result<()> {
     let filter = filter(&settings.log_level).with_context(|| format!("LOG_LEVEL=\"{}\"", settings.log_level))?;
+    leave_out_foreign_headers();
     let registry = tracing_subscriber::registry().with(filter);
     match settings.log_format {
         LogFormat::Text => {
@@ -30,6 +31,18 @@ pub fn log(settings: &ServiceSettings) -> anyhow::Result<()> {
         }
     }
     .context("starting the log")
+}
+
+/// A header whose name is no text makes rdkafka panic; that is caught where headers are read, and
+/// is no fault of ours for the log.
+fn leave_out_foreign_headers() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let is_of_headers = |file: &str| file.contains("rdkafka") && file.ends_with("message.rs");
+        if !panic.location().is_some_and(|location| is_of_headers(location.file())) {
+            usual(panic);
+        }
+    }));
 }
 
 /// What others tell at every start, such as tables that are there already, is for those who ask.

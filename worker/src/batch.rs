@@ -226,7 +226,7 @@ impl Handler {
             payload: event.payload,
         };
         let messages =
-            self.emitted(&event.lifecycle, event.order_id, &parties, &handling, None, &record.headers, at).ok()?;
+            self.emitted(&event.lifecycle, event.order_id, &parties, &handling, None, record.headers(), at).ok()?;
         Some((handling, messages))
     }
 
@@ -295,13 +295,13 @@ impl Handler {
         let mut outcome = Outcome::default();
         for (place, (told, cause)) in told.iter().zip(causes).enumerate() {
             let (Told { record, said }, order_id) = (told, cause.0);
-            if known.contains(&place) {
-                continue; // it has its place among those that wait, or an operator gave it up
-            }
             if let Some(answer) = answers.get(&cause) {
                 metrics::counter!("orderstream_worker_handled_total", "result" => "repeated").increment(1);
                 outcome.replies.extend(reply(&Asked::of(record, said), answer.clone()));
                 continue;
+            }
+            if known.contains(&place) {
+                continue; // it has its place among those that wait, or an operator gave it up
             }
             let locked = orders.get_mut(&order_id);
             if blocked.contains(&order_id) {
@@ -376,7 +376,7 @@ impl Handler {
         };
         let (lifecycle, order_id) = (&locked.order.lifecycle, told.said.order_id());
         let messages =
-            self.emitted(lifecycle, order_id, &locked.parties(), &handling, reason, &told.record.headers, at);
+            self.emitted(lifecycle, order_id, &locked.parties(), &handling, reason, told.record.headers(), at);
         Ok((handling, messages.map_err(Trouble::Failed)?))
     }
 
@@ -430,7 +430,7 @@ impl Locked {
 }
 
 fn is_status_change(said: &Said<'_>) -> bool {
-    matches!(said, Said::Event(event) if event.kind == EventType::StatusChanged)
+    matches!(said, Said::Event(event) if matches!(event.kind, EventType::StatusChanged | EventType::Deleted))
 }
 
 fn row(said: &Said<'_>, handling: Handling) -> Handled {
@@ -478,11 +478,11 @@ impl<'a> Asked<'a> {
 
 fn reply(asked: &Asked<'_>, answer: Answer) -> Option<Reply> {
     let record = asked.record;
-    let to = record.headers.reply_to()?;
+    let to = record.headers().reply_to()?;
     let at = now();
     let mut headers = Headers::cloud_event(Uuid::now_v7(), ACK_TYPE, SOURCE, at);
     headers.push(shared::message::CORRELATION_ID, to.correlation.clone());
-    for (name, value) in record.headers.trace() {
+    for (name, value) in record.headers().trace() {
         headers.push(name, value);
     }
     let ack = Ack {

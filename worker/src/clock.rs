@@ -91,7 +91,12 @@ impl Clock {
         let began = Instant::now();
         let mut refused: Vec<(Uuid, String)> = Vec::new();
         let work = async {
-            let due = store::lock_due(&connection, at, limit, &except).await?;
+            // What another release knows how to move is that one's.
+            let lifecycles = handler.lifecycles.iter();
+            let timed: Vec<_> = lifecycles
+                .flat_map(|lifecycle| lifecycle.timeouts.iter().map(|t| (lifecycle.name.as_str(), t.state.as_str())))
+                .collect();
+            let due = store::lock_due(&connection, at, limit, &except, &timed).await?;
             claimed.extend(due.keys());
             let (mut rows, mut messages, mut orders) = (Vec::new(), Vec::new(), Vec::<(Uuid, i64, Order)>::new());
             for (order_id, locked) in &due {

@@ -101,6 +101,11 @@ impl Parking {
                 let error = format!("{:#}", anyhow::Error::from(error));
                 connection.transaction(deadline, self.note_failure(&connection, id, at, error)).await
             }
+            // Somebody has its order; the others need not wait for that.
+            Err(error) if matches!(error.fault(), Fault::Locked | Fault::Contention) => {
+                let later = now() + self.handler.retries.delay(1);
+                connection.within(deadline, parked::postpone(&connection, id, later)).await
+            }
             Err(error) => Err(error),
         }
     }
@@ -250,7 +255,7 @@ async fn send_again(connection: &Connection, message: &Parked) -> Result<(), DbE
         seq,
         topic: record.topic.clone(),
         key: text(&record.key),
-        headers: record.headers.clone(),
+        headers: record.headers().clone(),
         body: text(&record.body),
     };
     parked::send_again(connection, &message).await

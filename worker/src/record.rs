@@ -24,7 +24,8 @@ pub(crate) struct Record {
     /// Milliseconds; tells the record from one at the same place of a topic that was made anew.
     pub timestamp: i64,
     pub key: Option<Vec<u8>>,
-    pub headers: Headers,
+    /// `None` where they cannot be read.
+    pub headers: Option<Headers>,
     pub body: Option<Vec<u8>>,
 }
 
@@ -72,11 +73,19 @@ impl Record {
     /// # Errors
     /// Why nobody can tell.
     pub(crate) fn read(&self, lifecycles: &'static Lifecycles) -> Result<Said<'_>, String> {
+        if self.headers.is_none() {
+            return Err("a header's name is not UTF-8".to_owned());
+        }
         let body = self.body.as_deref().ok_or("the record has no body")?;
         match lifecycles.received(&self.topic) {
             Some((lifecycle, receive)) => received::read(lifecycle, receive, body).map(Said::Received),
             None => event(body).map(Said::Event),
         }
+    }
+
+    pub(crate) fn headers(&self) -> &Headers {
+        const NONE: &Headers = &Headers::NONE;
+        self.headers.as_ref().unwrap_or(NONE)
     }
 
     /// Where it lies, for people.

@@ -53,6 +53,8 @@ async fn check_token(State(admin): State<Admin>, request: Request, next: Next) -
         Some(token) if !is_same(given.and_then(|v| v.strip_prefix(b"Bearer ")).unwrap_or_default(), token) => {
             Problem::Unauthenticated.into_response()
         }
+        // A page in an operator's browser must not do what operators may.
+        None if request.headers().contains_key(header::ORIGIN) => Problem::Unauthenticated.into_response(),
         _ => next.run(request).await,
     }
 }
@@ -88,7 +90,10 @@ async fn list(
         let reason = format!("must be from 1 to {}", parked::MAX_LIMIT);
         return Err(Problem::Invalid(vec![Violation::new("/limit", reason)]));
     }
-    let filter = filter(&request)?;
+    // What says which page is no part of the filter.
+    let of_page = |pair: &&str| pair.starts_with("limit=") || pair.starts_with("cursor=");
+    let query = request.uri().query().unwrap_or_default();
+    let filter = filter(&query.split('&').filter(|pair| !of_page(pair)).collect::<Vec<_>>().join("&"))?;
     let parked = parked::list(&admin.db, &filter, page.cursor.unwrap_or(0), limit).await?;
     let is_full = i64::try_from(parked.len()).is_ok_and(|len| len == limit);
     let next = parked.last().map(|last| last.id).filter(|_| is_full);
@@ -147,19 +152,15 @@ fn number(id: &str) -> Result<i64, Problem> {
     id.parse().map_err(|_| Problem::UnknownParked)
 }
 
-/// From the query, but for what says which page.
-fn filter(request: &Request) -> Result<Filter, Problem> {
-    let query = request.uri().query().unwrap_or_default();
-    let of_page = |pair: &&str| !pair.starts_with("limit=") && !pair.starts_with("cursor=");
-    let rest = query.split('&').filter(of_page).collect::<Vec<_>>().join("&");
-    let uri = format!("/?{rest}").parse().map_err(|_| Problem::Malformed("the query makes no sense".to_owned()))?;
+fn filter(query: &str) -> Result<Filter, Problem> {
+    let uri = format!("/?{query}").parse().map_err(|_| Problem::Malformed("the query makes no sense".to_owned()))?;
     let Query(filter) = Query::<Filter>::try_from_uri(&uri).map_err(|error| Problem::Malformed(error.body_text()))?;
     Ok(filter)
 }
 
 /// To mean all of them takes more than forgetting to say which.
 fn bulk(request: &Request) -> Result<Filter, Problem> {
-    let filter = filter(request)?;
+    let filter = filter(request.uri().query().unwrap_or_default())?;
     if filter.is_empty() {
         let reason = "say which: ?id=, order_id=, topic=, reason=, state= or kind=";
         return Err(Problem::Invalid(vec![Violation::new("", reason)]));

@@ -69,8 +69,8 @@ pub(crate) struct Reference {
     pub order_id: Uuid,
     pub fingerprint: Vec<u8>,
     pub deleted: bool,
-    /// Of the request that created the order.
-    pub correlation_id: Uuid,
+    /// Of the request that created the order; a message of others may have done that.
+    pub correlation_id: Option<Uuid>,
 }
 
 macro_rules! order_columns {

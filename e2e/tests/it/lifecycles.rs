@@ -184,6 +184,26 @@ async fn a_file_of_the_same_name_takes_the_place_of_one_of_the_release() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_external_id_of_an_order_that_a_message_made_is_taken() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let topic = format!("{}.update", system.events());
+    let settings = system.settings().with(&[("ORDER_STATE_UPDATE_TOPIC", &topic)]);
+    let (api, _worker) = (Api::start(&settings).await, Worker::start(&settings).await);
+    let paid = json!({ "eventType": "PaymentCompleted", "orderId": 12 });
+    system.kafka.produce(&topic, Record::new("", paid.to_string())).await;
+    eventually("the order to be there", || async {
+        let reply = api.http().get("/orders/by-external/12?user_id=unknown").await;
+        if reply.status == 200 { Ok(()) } else { Err(reply.summary()) }
+    })
+    .await;
+    let same = json!({ "user_id": "unknown", "external_id": "12", "lifecycle": "shipment" });
+    let refused = api.http().post_order(&same).await.expect_status(409);
+    assert_eq!(refused.problem(), "conflict");
+    api.assert_healthy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_broken_file_is_refused_at_start_by_name_key_and_remedy() {
     let _turn = beside_others().await;
     let wrong = |from: &str, to: &str| {

@@ -43,6 +43,8 @@ async fn parked_messages_are_listed_shown_redriven_and_discarded_on_the_command_
     // To mean everything takes saying so.
     let (code, said) = of(&["parked", "discard"]).await;
     assert_eq!(code, Some(1), "{said}");
+    let (code, said) = of(&["parked", "discard", "--reason", ""]).await;
+    assert_eq!(code, Some(2), "{said}");
     let (code, said) = of(&["parked", "redrive", "--id", &second]).await;
     assert_eq!((code, said.trim()), (Some(0), "1 to be tried again"));
     eventually("it to be tried and found as bad as before", || async {
@@ -122,7 +124,10 @@ async fn bad_requests_of_operators_and_movers_are_named() {
         (Method::POST, "/admin/parked/1/redrive", 404),
         (Method::POST, "/admin/parked/1/discard", 404),
         (Method::POST, "/admin/parked/redrive", 422),
-        (Method::POST, "/admin/parked/discard?cursor=3", 422),
+        (Method::POST, "/admin/parked/discard?cursor=3", 400),
+        (Method::POST, "/admin/parked/discard?state=dead&limit=10", 400),
+        (Method::POST, "/admin/parked/discard?reason=", 400),
+        (Method::POST, "/admin/parked/redrive?topic=", 400),
         (Method::DELETE, "/admin/parked", 405),
         (Method::GET, "/admin", 404),
     ] {
@@ -130,6 +135,9 @@ async fn bad_requests_of_operators_and_movers_are_named() {
         assert_eq!(reply.status, status, "{method} {path}: {}", reply.summary());
         reply.problem();
     }
+    let headers = [("origin", "https://elsewhere.example")];
+    let foreign = admin.send(Method::POST, "/admin/parked/discard?kind=failed", &headers, Default::default()).await;
+    foreign.expect("an answer").expect_status(401);
     let order_id = api.http().post_order_async(&test_support::order("user")).await.expect_status(201).text("order_id");
     let long = "x".repeat(300);
     for (method, path, body, status) in [

@@ -264,10 +264,13 @@ impl Field {
                 }
             }
         };
-        if self.whole && json.parse::<i64>().is_err() {
-            return Err(format!("{} must be a whole number in a message of this lifecycle, and is {json}", self.name));
+        if !self.whole {
+            return Ok(json);
         }
-        Ok(json)
+        // As JSON has it: no sign of plus, no zeros before.
+        json.parse::<i64>()
+            .map(|number| number.to_string())
+            .map_err(|_| format!("{} must be a whole number in a message of this lifecycle, and is {json}", self.name))
     }
 }
 
@@ -374,6 +377,9 @@ mod tests {
     #[test]
     fn what_must_be_whole_and_is_not_is_an_error() {
         let template = read(r#"amount = "{amount:whole}""#).unwrap();
+        let zeros = Subject { user_id: "+007", ..subject(None, None) };
+        let user = read(r#"user = "{user_id:whole}""#).unwrap();
+        assert_eq!(user.json(&zeros).unwrap(), r#"{"user":7}"#);
         let broken = Subject { amount: Some(Money::parse("1.5").unwrap()), ..subject(None, None) };
         assert!(template.json(&broken).unwrap_err().contains("whole number"));
     }

@@ -168,18 +168,21 @@ pub(crate) async fn locked_by_others(connection: &Connection, ids: &[Uuid]) -> R
 }
 
 /// Locks orders whose time has come, the longest due first; not those that another clock or a
-/// client has in hand, nor those with a failed message, nor these.
+/// client has in hand, nor those with a failed message, nor these; and only those that are in one
+/// of these lifecycles and states.
 pub(crate) async fn lock_due(
     connection: &Connection,
     at: OffsetDateTime,
     limit: i64,
     except: &[Uuid],
+    timed: &[(&str, &str)],
 ) -> Result<HashMap<Uuid, Locked>, DbError> {
     const SQL: &str = concat!(
         "select ",
         locked_columns!(),
         " from orders o
          where o.due_at <= $1 and o.order_id <> all ($3::uuid[])
+           and o.lifecycle || ' ' || o.status = any ($4::text[])
            and (select true from parked_messages p
                 where p.order_id = o.order_id and p.kind = 'failed' and p.state in ('waiting', 'retrying', 'dead')
                 limit 1) is null
@@ -188,7 +191,8 @@ pub(crate) async fn lock_due(
          for update of o skip locked"
     );
     let statement = connection.prepared(SQL).await?;
-    let rows = connection.client().query(&statement, &[&at, &limit, &except]).await?;
+    let timed: Vec<String> = timed.iter().map(|(lifecycle, status)| format!("{lifecycle} {status}")).collect();
+    let rows = connection.client().query(&statement, &[&at, &limit, &except, &timed]).await?;
     Ok(rows.iter().map(locked).collect())
 }
 

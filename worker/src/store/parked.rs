@@ -106,7 +106,7 @@ pub(crate) async fn insert(connection: &Connection, park: &Park<'_>, at: OffsetD
                 &record.offset,
                 &record.timestamp,
                 &record.key,
-                &record.headers.to_json(),
+                &record.headers().to_json(),
                 &record.body,
                 &state.name(),
                 &kind.name(),
@@ -155,7 +155,7 @@ pub(crate) async fn lock_due(connection: &Connection, id: i64, at: OffsetDateTim
         offset: row.get::<_, Option<i64>>("kafka_offset").unwrap_or(-1),
         timestamp: row.get::<_, Option<i64>>("kafka_timestamp").unwrap_or(-1),
         key: row.get("key"),
-        headers: Headers::from_json(row.get("headers")).unwrap_or_default(),
+        headers: Headers::from_json(row.get("headers")).ok(),
         body: row.get("body"),
     };
     Ok(Some(Parked {
@@ -204,6 +204,15 @@ pub(crate) async fn record_attempt(
             ],
         )
         .await?;
+    Ok(())
+}
+
+/// Lets a message be tried later, without counting that as an attempt.
+pub(crate) async fn postpone(connection: &Connection, id: i64, later: OffsetDateTime) -> Result<(), DbError> {
+    const SQL: &str = "
+        update parked_messages set next_attempt_at = $2 where id = $1 and state in ('waiting', 'retrying')";
+    let statement = connection.prepared(SQL).await?;
+    connection.client().execute(&statement, &[&id, &later]).await?;
     Ok(())
 }
 
