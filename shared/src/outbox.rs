@@ -262,9 +262,11 @@ impl Outbox {
     /// When PostgreSQL is away or the broker took nothing.
     pub async fn sweep_once(&self) -> anyhow::Result<usize> {
         // The lock is the transaction's, so that it ends with the connection, or after a while in
-        // which this process was stopped.
+        // which this process was stopped. And whoever has a row in hand is waited for as long as
+        // the statement may take: what is sent and not deleted would be sent again.
         const LOCK: &str = "
             set local idle_in_transaction_session_timeout = '20s';
+            set local lock_timeout = 0;
             select pg_try_advisory_xact_lock(hashtext('orderstream.outbox'), hashtext(current_schema()))::text";
         // Most of the time there is nothing old, and that must cost no more than to look.
         const OLD: &str = "

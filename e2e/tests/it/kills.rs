@@ -134,7 +134,9 @@ async fn a_worker_killed_between_commit_and_ack_is_answered_for_by_the_next_one(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_wakes_after_its_partitions_were_taken_over_changes_nothing() {
     let _turn = alone().await;
-    let system = System::new().await;
+    let mut system = System::new().await;
+    // So that PostgreSQL does not end the sleeper's transaction before the other wants its order.
+    system.set("DB_WRITE_TIMEOUT", "60s");
     let (api, sleeper) = (system.api().await, system.worker().await);
     let gate = CommitGate::install(&system.db, "order_events", "new.type = 'handled'").await;
     api.http().post_order(&order("user")).await.expect_status(201);
