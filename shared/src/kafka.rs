@@ -136,6 +136,11 @@ impl Producer {
                 // alone, and each request costs the broker and us. A lone caller pays for it in
                 // latency.
                 ("linger.ms", "0.2"),
+                // Topics are made by `ensure_topics`, with as many partitions as they should have.
+                ("allow.auto.create.topics", "false"),
+                // So that a message for one that is not there fails for that reason, rather than by
+                // running out of time like those of a broker that is away.
+                ("topic.metadata.propagation.max.ms", "3000"),
                 // What does not fit stays in the outbox. Bounds the memory of an outage.
                 ("queue.buffering.max.kbytes", "32768"),
             ],
@@ -246,6 +251,21 @@ pub fn is_refused(error: &KafkaError) -> bool {
                 | Code::InvalidRecord
                 | Code::InvalidTopic
                 | Code::InvalidTimestamp
+        )
+    )
+}
+
+/// Is it this topic alone that cannot be written now, while others may be?
+#[must_use]
+pub fn is_of_topic(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(
+        error.rdkafka_error_code(),
+        Some(
+            Code::UnknownTopic
+                | Code::UnknownTopicOrPartition
+                | Code::UnknownPartition
+                | Code::TopicAuthorizationFailed
         )
     )
 }

@@ -2,40 +2,34 @@
 //! that wrote them sends them at once from memory; a sweeper sends what a crash or an outage left.
 //!
 //! One rule keeps the messages of an order in version order, whoever sends them: **a message goes
-//! out only when no earlier one of its order is in the table**, looked up in a statement begun
-//! after the commit that wrote it. A row leaves the table only when the broker has its message.
+//! out only when no earlier one of its order and topic is in the table**, looked up in a statement
+//! begun after the commit that wrote it. A row leaves the table only when the broker has its
+//! message. Between topics Kafka knows no order, so one that cannot be written holds no other up.
+
+mod sweep;
 
 use std::{
-    collections::HashMap,
-    sync::Arc,
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
-use futures_util::future::join_all;
 use rdkafka::error::KafkaError;
 use tokio::{
     sync::{Semaphore, mpsc},
     time::Instant,
 };
-use tokio_postgres::{Row, SimpleQueryMessage};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_postgres::types::ToSql;
+use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::{
     backoff::Backoff,
     db::{Connection, Db, DbError},
     kafka::{MESSAGE_TIMEOUT, Producer, is_refused},
-    message::{Headers, Message},
+    message::Message,
 };
 
-/// Most rows that one sweep reads, and most bytes of bodies: they are in memory all at once.
-const SWEEP_LIMIT: i64 = 2_000;
-const SWEEP_BYTES: i64 = 8 * 1024 * 1024;
-/// Once a sweep has sent for so long, what it has not sent is the next one's.
-const SWEEP_TIME: Duration = Duration::from_secs(5);
-const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// Longer than a message may take to be given up, and the statements around it.
-const SWEEP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Delivered batches that wait to be deleted; beyond that they stay and are sent once more.
 const DELIVERED_QUEUE: usize = 4_096;
 /// Most rows in one delete.
@@ -79,6 +73,42 @@ pub fn placed(messages: Vec<Arc<Message>>, mut places: HashMap<RowId, String>) -
     messages.into_iter().filter_map(placed).collect()
 }
 
+/// Messages as columns, for the `unnest` of a statement that writes them.
+#[derive(Debug)]
+pub struct Columns<'a> {
+    ids: Vec<Uuid>,
+    versions: Vec<i64>,
+    seqs: Vec<i16>,
+    topics: Vec<&'a str>,
+    keys: Vec<&'a str>,
+    headers: Vec<String>,
+    bodies: Vec<&'a str>,
+}
+
+impl<'a> Columns<'a> {
+    #[must_use]
+    pub fn of(messages: &'a [Arc<Message>]) -> Self {
+        let messages = || messages.iter();
+        Self {
+            ids: messages().map(|message| message.order_id).collect(),
+            versions: messages().map(|message| message.version).collect(),
+            seqs: messages().map(|message| message.seq).collect(),
+            topics: messages().map(|message| message.topic.as_str()).collect(),
+            keys: messages().map(|message| message.key.as_str()).collect(),
+            headers: messages().map(|message| message.headers.to_json()).collect(),
+            bodies: messages().map(|message| message.body.as_str()).collect(),
+        }
+    }
+
+    /// `uuid[], bigint[], smallint[], text[], text[], text[], text[]`: the order's id, version,
+    /// seq, topic, key, headers (JSON) and body.
+    #[must_use]
+    pub fn params(&self) -> [&(dyn ToSql + Sync); 7] {
+        let Self { ids, versions, seqs, topics, keys, headers, bodies } = self;
+        [ids, versions, seqs, topics, keys, headers, bodies]
+    }
+}
+
 /// Sends the messages of committed transactions and forgets those that the broker has.
 #[derive(Clone)]
 pub struct Outbox {
@@ -88,6 +118,8 @@ pub struct Outbox {
     delivered: mpsc::Sender<Vec<Placed>>,
     holders: Arc<Semaphore>,
     sending: TaskTracker,
+    /// Until when sweeps leave these topics alone.
+    unwritable: Arc<Mutex<HashMap<String, Instant>>>,
 }
 
 impl Outbox {
@@ -97,7 +129,8 @@ impl Outbox {
         let (delivered, queue) = mpsc::channel(DELIVERED_QUEUE);
         let deleter = delete_delivered(db.clone(), queue);
         let holders = Arc::new(Semaphore::new(HOLDERS));
-        (Self { db, producer, grace, delivered, holders, sending: TaskTracker::new() }, deleter)
+        let (sending, unwritable) = (TaskTracker::new(), Arc::default());
+        (Self { db, producer, grace, delivered, holders, sending, unwritable }, deleter)
     }
 
     /// Is a message of this age one that should have been sent long ago?
@@ -138,16 +171,18 @@ impl Outbox {
         written.elapsed() + MESSAGE_TIMEOUT < self.grace
     }
 
-    /// Sends each message as soon as no earlier one of its order is in the table. Those that wait
-    /// too long are the sweeper's.
+    /// Sends each message as soon as no earlier one of its order and topic is in the table. Those
+    /// that wait too long are the sweeper's.
     async fn hold_back(&self, mut waiting: Vec<Placed>, written: Instant) {
         let mut pause = HOLD;
         while !waiting.is_empty() && self.is_fresh(written) {
             match self.have_earlier(&waiting).await {
-                Ok(held) => {
-                    let (held, free) = waiting
-                        .into_iter()
-                        .partition(|p: &Placed| held.contains(&(p.message.order_id, p.message.version)));
+                Ok(behind) => {
+                    let mut free = Vec::with_capacity(waiting.len());
+                    let mut held = Vec::new();
+                    for (place, message) in waiting.into_iter().enumerate() {
+                        if behind.contains(&place) { &mut held } else { &mut free }.push(message);
+                    }
                     waiting = held;
                     if self.is_fresh(written) {
                         self.send(free);
@@ -167,21 +202,23 @@ impl Outbox {
         }
     }
 
-    /// Which of these have an earlier message of their order in the table?
-    async fn have_earlier(&self, messages: &[Placed]) -> Result<Vec<(Uuid, i64)>, DbError> {
+    /// Which of these, by place, have an earlier message of their order and topic in the table?
+    async fn have_earlier(&self, messages: &[Placed]) -> Result<HashSet<usize>, DbError> {
         const SQL: &str = "
-            select i.order_id, i.version
-            from unnest($1::uuid[], $2::bigint[]) as i(order_id, version)
-            where (select true from outbox o where o.order_id = i.order_id and o.version < i.version limit 1)";
+            select i.place
+            from unnest($1::uuid[], $2::bigint[], $3::text[]) with ordinality as i(order_id, version, topic, place)
+            where (select true from outbox o
+                   where o.order_id = i.order_id and o.version < i.version and o.topic = i.topic limit 1)";
         let ids: Vec<_> = messages.iter().map(|placed| placed.message.order_id).collect();
         let versions: Vec<_> = messages.iter().map(|placed| placed.message.version).collect();
+        let topics: Vec<_> = messages.iter().map(|placed| placed.message.topic.as_str()).collect();
         let connection = self.db.connection().await?;
         let work = async {
             let statement = connection.prepared(SQL).await?;
-            Ok(connection.client().query(&statement, &[&ids, &versions]).await?)
+            Ok(connection.client().query(&statement, &[&ids, &versions, &topics]).await?)
         };
         let rows = connection.within(self.db.settings.query_timeout, work).await?;
-        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+        Ok(rows.iter().filter_map(|row| usize::try_from(row.get::<_, i64>(0) - 1).ok()).collect())
     }
 
     fn send(&self, messages: Vec<Placed>) {
@@ -232,124 +269,6 @@ impl Outbox {
         }
     }
 
-    /// Sends what others left behind, until `stop`; any number of processes may run this: one at
-    /// a time sweeps.
-    pub async fn sweep(&self, stop: CancellationToken) {
-        let mut backoff = Backoff::RECONNECT;
-        loop {
-            let pause = match self.sweep_once().await {
-                Ok(sent) if sent > 0 => Duration::ZERO,
-                Ok(_) => {
-                    backoff.reset();
-                    SWEEP_INTERVAL
-                }
-                Err(error) => {
-                    tracing::warn!(error = format!("{error:#}"), "sweeping the outbox");
-                    backoff.delay().max(SWEEP_INTERVAL)
-                }
-            };
-            if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
-                return;
-            }
-        }
-    }
-
-    /// Sends the rows that are older than the grace and have none before them that is not. The
-    /// messages of one order go one after the other, so that none overtakes another that fails.
-    /// How many the broker took; 0 also when somebody else is sweeping.
-    ///
-    /// # Errors
-    /// When PostgreSQL is away or the broker took nothing.
-    pub async fn sweep_once(&self) -> anyhow::Result<usize> {
-        // The lock is the transaction's, so that it ends with the connection, or after a while in
-        // which this process was stopped. And whoever has a row in hand is waited for as long as
-        // the statement may take: what is sent and not deleted would be sent again.
-        const LOCK: &str = "
-            set local idle_in_transaction_session_timeout = '20s';
-            set local lock_timeout = 0;
-            select pg_try_advisory_xact_lock(hashtext('orderstream.outbox'), hashtext(current_schema()))::text";
-        // Most of the time there is nothing old, and that must cost no more than to look.
-        const OLD: &str = "
-            select order_id, version, seq, topic, key, headers::text, body
-            from (
-                select o.*, sum(octet_length(body)) over (order by order_id, version, seq) - octet_length(body) as before
-                from (
-                    select order_id, version, seq, topic, key, headers, body from outbox
-                    where created_at < clock_timestamp() - $1::float8 * interval '1 second'
-                    order by order_id, version, seq
-                    limit $2
-                ) o
-            ) o
-            where before < $3
-            order by order_id, version, seq";
-        let connection = self.db.connection().await?;
-        let work = async {
-            let lock = connection.client().simple_query(LOCK).await?;
-            if !lock.iter().any(|m| matches!(m, SimpleQueryMessage::Row(row) if row.get(0) == Some("true"))) {
-                metrics::counter!("orderstream_outbox_sweeps_left_total").increment(1);
-                return Ok((0, 0, None));
-            }
-            let old = connection.prepared(OLD).await?;
-            let grace = self.grace.as_secs_f64();
-            let rows = connection.client().query(&old, &[&grace, &SWEEP_LIMIT, &SWEEP_BYTES]).await?;
-            let held = if rows.is_empty() { HashMap::new() } else { first_fresh(&connection, &rows, grace).await? };
-            let rows: Vec<Row> = rows
-                .into_iter()
-                .filter(|row| held.get(&row.get::<_, Uuid>(0)).is_none_or(|first| row.get::<_, i64>(1) < *first))
-                .collect();
-            let (mut sent, mut failed) = (Vec::with_capacity(rows.len()), None);
-            let mut orders: Vec<_> = rows.chunk_by(|a, b| a.get::<_, Uuid>(0) == b.get::<_, Uuid>(0)).collect();
-            let end = Instant::now() + SWEEP_TIME;
-            // The first of each order, then the second of each, …
-            while !orders.is_empty() && failed.is_none() && Instant::now() < end {
-                for (message, result) in join_all(orders.iter().map(|rows| self.resend(&rows[0]))).await {
-                    match result {
-                        Err(error) if !is_refused(&error) => failed = Some(error),
-                        refused_or_sent => {
-                            if let Err(error) = refused_or_sent {
-                                insert_parked(&connection, &message, &error.to_string()).await?;
-                            }
-                            sent.push((message.order_id, message.version, message.seq));
-                        }
-                    }
-                }
-                orders.retain_mut(|rows| {
-                    *rows = &rows[1..];
-                    !rows.is_empty()
-                });
-            }
-            delete_in(&connection, &sent).await?;
-            Ok((rows.len(), sent.len(), failed))
-        };
-        let (found, sent, failed) = connection.transaction(SWEEP_TIMEOUT, work).await?;
-        if found > 0 {
-            metrics::counter!("orderstream_outbox_swept_total").increment(sent as u64);
-            tracing::info!(found, sent, "swept the outbox");
-        }
-        match failed {
-            Some(error) if sent == 0 => Err(anyhow::Error::from(error).context("Kafka took nothing")),
-            _ => Ok(sent),
-        }
-    }
-
-    async fn resend(&self, row: &Row) -> (Message, Result<(), KafkaError>) {
-        let message = Message {
-            order_id: row.get(0),
-            version: row.get(1),
-            seq: row.get(2),
-            topic: row.get(3),
-            key: row.get(4),
-            headers: Headers::from_json(row.get(5)).unwrap_or_default(),
-            body: row.get(6),
-        };
-        let queued = self.producer.send(&message.topic, None, &message.key, &message.headers, &message.body);
-        let result = match queued {
-            Ok(delivery) => self.producer.delivered(delivery).await,
-            Err(error) => Err(error),
-        };
-        (message, result)
-    }
-
     /// Tells how many rows there are and how old the oldest is, which is returned too.
     ///
     /// # Errors
@@ -368,24 +287,6 @@ impl Outbox {
         metrics::gauge!("orderstream_outbox_oldest_seconds").set(oldest);
         Ok(Duration::from_secs_f64(oldest))
     }
-}
-
-/// The first message of each of these rows' orders that is not old yet: a later one may look older,
-/// where a clock was set back.
-async fn first_fresh(connection: &Connection, rows: &[Row], grace: f64) -> Result<HashMap<Uuid, i64>, DbError> {
-    const SQL: &str = "
-        select order_id, version from (
-            select i.order_id, (
-                select o.version from outbox o
-                where o.order_id = i.order_id and o.created_at >= clock_timestamp() - $2::float8 * interval '1 second'
-                order by o.version limit 1) as version
-            from unnest($1::uuid[]) as i(order_id)) i
-        where version is not null";
-    let mut ids: Vec<Uuid> = rows.iter().map(|row| row.get(0)).collect();
-    ids.dedup();
-    let statement = connection.prepared(SQL).await?;
-    let rows = connection.client().query(&statement, &[&ids, &grace]).await?;
-    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
 /// Deletes delivered rows, as many at once as there are. Ends with the last sender.

@@ -8,7 +8,7 @@ use shared::{
     db::{Connection, DbError},
     message::{EventType, Message},
     money::Money,
-    outbox::{Placed, placed},
+    outbox::{Columns, Placed, placed},
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -121,6 +121,8 @@ pub(crate) async fn write_changes(
         rows.iter().map(of).collect()
     }
     let messages: Vec<Arc<Message>> = rows.iter().flat_map(|row| row.messages.iter().cloned()).collect();
+    let columns = Columns::of(&messages);
+    let [ids, versions, seqs, topics, keys, headers, bodies] = columns.params();
     let statement = connection.prepared(SQL).await?;
     let sent = connection
         .client()
@@ -145,13 +147,13 @@ pub(crate) async fn write_changes(
                 &column(rows, |row| row.event_id),
                 &column(rows, |row| row.order.due_at),
                 &at,
-                &column(&messages, |message| message.order_id),
-                &column(&messages, |message| message.version),
-                &column(&messages, |message| message.seq),
-                &column(&messages, |message| message.topic.as_str()),
-                &column(&messages, |message| message.key.as_str()),
-                &column(&messages, |message| message.headers.to_json()),
-                &column(&messages, |message| message.body.as_str()),
+                ids,
+                versions,
+                seqs,
+                topics,
+                keys,
+                headers,
+                bodies,
             ],
         )
         .await?;

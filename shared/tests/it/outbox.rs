@@ -271,3 +271,44 @@ async fn a_message_that_the_broker_refuses_for_good_is_parked_and_lets_the_next_
     let parked = "select state || ' ' || (reason like '%too large%') || ' ' || octet_length(body) from parked_messages";
     assert_eq!(fixture.db.lines(parked, &[]).await, ["dead true 2000000"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_is_not_there_holds_nothing_up_and_gets_its_messages_once_it_is() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let missing = format!("{}.missing", fixture.kafka.topics().events);
+    // More than one sweep reads, all before the others.
+    let sql = "insert into outbox (order_id, version, topic, key, headers, body, created_at)
+        select '00000000-0000-0000-0000-000000000001', n, $1, 'k', '[]', n::text, clock_timestamp() - interval '1 hour'
+        from generate_series(1, 2500) n";
+    fixture.db.client().execute(sql, &[&missing]).await.unwrap();
+    let order_id = Uuid::now_v7();
+    let mut emitted = fixture.message(order_id, 1);
+    emitted.topic.clone_from(&missing);
+    fixture.store(emitted, STALE).await;
+    fixture.store(fixture.message(order_id, 2), STALE).await;
+    wait_for("the sweeper to send what can be sent", Duration::from_secs(30), || async {
+        let swept = fixture.outbox.sweep_once().await;
+        if fixture.sent(order_id).await == [2] { Ok(()) } else { Err(format!("{swept:?}")) }
+    })
+    .await;
+    // Nor does it hold up what is sent from memory.
+    let next = fixture.store(fixture.message(order_id, 3), Duration::ZERO).await;
+    fixture.outbox.publish(vec![next], Instant::now());
+    eventually("the next one", || async {
+        let (sent, left) = (fixture.sent(order_id).await, fixture.left().await);
+        if sent == [2, 3] && left == 2_501 { Ok(()) } else { Err(format!("{sent:?}, {left} left")) }
+    })
+    .await;
+    fixture.kafka.create_topic(&missing, 1, &[]).await;
+    // Another process: this one leaves the topic alone for a while.
+    let other = Fixture::outbox(&fixture.db, &fixture.kafka).await;
+    wait_for("all to be sent", Duration::from_secs(60), || async {
+        let swept = other.sweep_once().await;
+        if fixture.left().await == 0 { Ok(()) } else { Err(format!("{swept:?}")) }
+    })
+    .await;
+    let all = fixture.kafka.read(&missing).await;
+    let of_one: Vec<String> = all.iter().filter(|m| m.key_text() == "k").map(|m| m.json().to_string()).collect();
+    assert_eq!(of_one, (1..=2_500).map(|n| n.to_string()).collect::<Vec<_>>());
+}

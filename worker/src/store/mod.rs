@@ -13,7 +13,7 @@ use shared::{
     db::{Connection, DbError},
     message::{Answer, Message},
     money::Money,
-    outbox::{Placed, placed},
+    outbox::{Columns, Placed, placed},
 };
 use time::OffsetDateTime;
 use tokio_postgres::Row;
@@ -87,6 +87,8 @@ pub(crate) async fn move_unchanged(
         select order_id, version, null::smallint as seq, null as place from moved
         union all
         select order_id, version, seq, place from sent";
+    let columns = Columns::of(&messages);
+    let [ids, versions, seqs, topics, keys, headers, bodies] = columns.params();
     let statement = connection.prepared(SQL).await?;
     let written = connection
         .client()
@@ -105,13 +107,13 @@ pub(crate) async fn move_unchanged(
                 &column(rows, |row| answer(&row.handling.answer)),
                 &column(rows, |row| row.handling.due_at),
                 &at,
-                &column(&messages, |message| message.order_id),
-                &column(&messages, |message| message.version),
-                &column(&messages, |message| message.seq),
-                &column(&messages, |message| message.topic.as_str()),
-                &column(&messages, |message| message.key.as_str()),
-                &column(&messages, |message| message.headers.to_json()),
-                &column(&messages, |message| message.body.as_str()),
+                ids,
+                versions,
+                seqs,
+                topics,
+                keys,
+                headers,
+                bodies,
             ],
         )
         .await?;
@@ -317,6 +319,8 @@ pub(crate) async fn write_handlings(
         from unnest($18::uuid[], $19::bigint[], $20::smallint[], $21::text[], $22::text[], $23::text[], $24::text[])
             as m(order_id, version, seq, topic, key, headers, body)
         returning order_id, version, seq, ctid::text";
+    let columns = Columns::of(&messages);
+    let [ids, versions, seqs, topics, keys, headers, bodies] = columns.params();
     let statement = connection.prepared(SQL).await?;
     let sent = connection
         .client()
@@ -340,13 +344,13 @@ pub(crate) async fn write_handlings(
                 &column(orders, |(.., order)| order.amount.map(Money::decimal)),
                 &column(orders, |(.., order)| order.currency.as_deref()),
                 &column(orders, |(.., order)| order.due_at),
-                &column(&messages, |message| message.order_id),
-                &column(&messages, |message| message.version),
-                &column(&messages, |message| message.seq),
-                &column(&messages, |message| message.topic.as_str()),
-                &column(&messages, |message| message.key.as_str()),
-                &column(&messages, |message| message.headers.to_json()),
-                &column(&messages, |message| message.body.as_str()),
+                ids,
+                versions,
+                seqs,
+                topics,
+                keys,
+                headers,
+                bodies,
             ],
         )
         .await?;
