@@ -250,7 +250,8 @@ impl Lifecycle {
         if can_become_legal { Refusal::Early } else { Refusal::Late }
     }
 
-    /// Where triggers and people can bring an order from this state, itself included.
+    /// Where triggers and people can bring an order from this state, itself included. Not new
+    /// content, which begins anew: a message is about the content that it followed.
     fn reachable<'a>(&'a self, state: &'a str) -> Vec<&'a str> {
         let mut reached = vec![state];
         let mut next = 0;

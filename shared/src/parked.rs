@@ -180,18 +180,25 @@ macro_rules! matches_filter {
 /// # Errors
 /// When PostgreSQL is away.
 pub async fn list(db: &Db, filter: &Filter, after: i64, limit: i64) -> Result<Vec<Entry>, DbError> {
-    const SQL: &str = concat!(
+    const ALL: &str = concat!(
         "select ",
         entry_columns!(),
         " from parked_messages p where ",
         matches_filter!(),
-        " and p.id > $7 and (p.state not in ('done', 'discarded') or $5::text is not null or $1::bigint is not null)
-         order by p.id limit $8"
+        " and p.id > $7 order by p.id limit $8"
     );
+    const OPEN: &str = concat!(
+        "select ",
+        entry_columns!(),
+        " from parked_messages p where ",
+        matches_filter!(),
+        " and p.id > $7 and p.state not in ('done', 'discarded') order by p.id limit $8"
+    );
+    let Filter { id, order_id, topic, reason, state, kind } = filter;
+    let names_closed = id.is_some() || matches!(state, Some(State::Done | State::Discarded));
     let connection = db.connection().await?;
     let work = async {
-        let statement = connection.prepared(SQL).await?;
-        let Filter { id, order_id, topic, reason, state, kind } = filter;
+        let statement = connection.prepared(if names_closed { ALL } else { OPEN }).await?;
         let (state, kind) = (state.map(State::name), kind.map(Kind::name));
         let limit = limit.clamp(1, MAX_LIMIT);
         Ok(connection.client().query(&statement, &[id, order_id, topic, reason, &state, &kind, &after, &limit]).await?)

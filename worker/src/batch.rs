@@ -9,7 +9,7 @@ use shared::{
     db::{Connection, Db, DbError},
     emission::{self, Sender},
     lifecycle::{Lifecycles, template::Subject},
-    message::{Ack, AckStatus, Answer, Event, EventType, Headers, Message, ReplyTo, now},
+    message::{Event, EventType, Headers, Message, now},
     order::order_id_of,
     outbox::{Outbox, Placed},
     parked::{Kind as ParkedKind, State},
@@ -20,18 +20,14 @@ use uuid::Uuid;
 
 use crate::{
     config::RetrySettings,
-    handler::{Handling, Kind, Order, Trouble, after, as_told, handle, receive},
+    handler::{Handling, Kind, Trouble, after, as_told, handle, receive},
     record::{Record, Said},
+    reply::{Asked, Reply, SOURCE, put_off, reply},
     store::{
         self, Found, Handled, Locked,
         parked::{self, Park},
     },
 };
-
-/// Who sends our answers and messages (CloudEvents `source`).
-pub(crate) const SOURCE: &str = "/orderstream/worker";
-/// The type of our answers (CloudEvents `type`).
-const ACK_TYPE: &str = "order.ack";
 
 /// What handling needs.
 #[derive(Clone)]
@@ -42,15 +38,6 @@ pub(crate) struct Handler {
     pub retries: RetrySettings,
     /// Something parked may be tried now.
     pub wake: Arc<Notify>,
-}
-
-/// An answer for somebody who waits.
-#[derive(Debug)]
-pub(crate) struct Reply {
-    pub to: ReplyTo,
-    pub key: String,
-    pub headers: Headers,
-    pub body: String,
 }
 
 /// A record that can be read.
@@ -85,13 +72,12 @@ impl Handler {
     pub(crate) async fn handle_batch(&self, records: &[Record]) -> Result<Vec<Reply>, DbError> {
         let connection = self.db.connection().await?;
         let deadline = self.db.settings.write_timeout;
-        let mut told = Vec::with_capacity(records.len());
+        let (mut told, mut unreadable) = (Vec::with_capacity(records.len()), Vec::new());
         for record in records {
             match record.read(self.lifecycles) {
                 Ok(said) => told.push(Told { record, said }),
                 Err(reason) => {
-                    let park = park(record, None, &Trouble::Hopeless(reason), now(), &self.retries);
-                    connection.within(deadline, parked::insert(&connection, &park, now())).await?;
+                    unreadable.push(park(record, None, &Trouble::Hopeless(reason), now(), &self.retries));
                 }
             }
         }
@@ -99,10 +85,13 @@ impl Handler {
         let began = Instant::now();
         let (rest, sent) = connection.within(deadline, self.move_unchanged(&connection, told, &mut replies)).await?;
         self.outbox.publish(sent, began);
-        if !rest.is_empty() {
+        if !rest.is_empty() || !unreadable.is_empty() {
             let began = Instant::now();
             let work = async {
-                let outcome = self.under_locks(&connection, &rest, false).await?;
+                let mut outcome = self.under_locks(&connection, &rest, false).await?;
+                outcome.parks.append(&mut unreadable);
+                // What was there first is parked first: an order's messages keep their sequence.
+                outcome.parks.sort_by_key(|park| (&park.record.topic, park.record.partition, park.record.offset));
                 for park in &outcome.parks {
                     parked::insert(&connection, park, now()).await?;
                 }
@@ -443,72 +432,6 @@ fn row(said: &Said<'_>, handling: Handling) -> Handled {
 
 fn count(kind: Kind) {
     metrics::counter!("orderstream_worker_handled_total", "result" => kind.name()).increment(1);
-}
-
-/// Who asked, and for what.
-struct Asked<'a> {
-    record: &'a Record,
-    correlation_id: Uuid,
-    event_id: Uuid,
-    order_id: Uuid,
-    version: Option<i64>,
-}
-
-impl<'a> Asked<'a> {
-    fn of(record: &'a Record, said: &Said<'_>) -> Self {
-        match said {
-            Said::Event(event) => Self {
-                record,
-                correlation_id: event.correlation_id,
-                event_id: event.event_id,
-                order_id: event.order_id,
-                version: Some(event.version),
-            },
-            // A stranger's correlation id is in the headers alone.
-            Said::Received(received) => Self {
-                record,
-                correlation_id: Uuid::nil(),
-                event_id: Uuid::new_v5(&Uuid::NAMESPACE_OID, received.cause.as_bytes()),
-                order_id: received.order_id,
-                version: None,
-            },
-        }
-    }
-}
-
-fn reply(asked: &Asked<'_>, answer: Answer) -> Option<Reply> {
-    let record = asked.record;
-    let to = record.headers().reply_to()?;
-    let at = now();
-    let mut headers = Headers::cloud_event(Uuid::now_v7(), ACK_TYPE, SOURCE, at);
-    headers.push(shared::message::CORRELATION_ID, to.correlation.clone());
-    for (name, value) in record.headers().trace() {
-        headers.push(name, value);
-    }
-    let ack = Ack {
-        correlation_id: asked.correlation_id,
-        event_id: asked.event_id,
-        order_id: asked.order_id,
-        version: asked.version.unwrap_or(answer.order_version),
-        answer,
-        processed_at: at,
-    };
-    // Our own types always serialize.
-    let body = serde_json::to_string(&ack).unwrap_or_default();
-    Some(Reply { to, key: asked.order_id.to_string(), headers, body })
-}
-
-/// The answer to a message that is set aside: nobody knows when.
-fn put_off(order: &Order) -> Answer {
-    Answer {
-        status: AckStatus::Failed,
-        order_status: order.status.clone(),
-        order_version: order.version,
-        amount: order.amount,
-        currency: order.currency.clone(),
-        error: None,
-        superseded_by: None,
-    }
 }
 
 fn park<'a>(

@@ -25,10 +25,7 @@ use shared::{
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    batch::{Handler, Reply},
-    record::Record,
-};
+use crate::{batch::Handler, record::Record, reply::Reply};
 
 /// Most records in one batch: a transaction of some milliseconds.
 const BATCH: usize = 512;

@@ -14,6 +14,7 @@ mod http;
 mod parking;
 mod received;
 mod record;
+mod reply;
 mod store;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};

@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
-    batch::{Handler, Reply, Told},
+    batch::{Handler, Told},
+    reply::Reply,
     store::{
         self,
         parked::{self, Attempt, Parked},
@@ -120,12 +121,17 @@ impl Parking {
         }
     }
 
-    /// The order's lock first, then the message's: everybody takes them so.
+    /// The order's lock first, then the message's: everybody takes them so. One that nobody could
+    /// read may be readable by now, and then is its order's.
     async fn lock(&self, connection: &Connection, id: i64, at: OffsetDateTime) -> Result<Option<Parked>, DbError> {
-        if let Some(order_id) = parked::order_of(connection, id).await? {
+        let Some(message) = parked::read(connection, id).await? else { return Ok(None) };
+        let read = || message.record.read(self.handler.lifecycles).ok().map(|said| said.order_id());
+        let order_id = message.order_id.or_else(read);
+        if let Some(order_id) = order_id {
             store::lock_orders(connection, &[order_id]).await?;
         }
-        parked::lock_due(connection, id, at).await
+        let locked = parked::lock_due(connection, id, at).await?;
+        Ok(locked.map(|message| Parked { order_id: message.order_id.or(order_id), ..message }))
     }
 
     async fn attempt(&self, connection: &Connection, id: i64, at: OffsetDateTime) -> Result<Tried, DbError> {
@@ -133,6 +139,12 @@ impl Parking {
         if message.kind == Kind::Unsent {
             send_again(connection, &message).await?;
             self.end(connection, id, &message, Verdict::Done, at).await?;
+            return Ok(Tried::default());
+        }
+        if let Some(order_id) = message.order_id
+            && parked::is_behind(connection, order_id, id).await?
+        {
+            parked::put_behind(connection, id, order_id).await?;
             return Ok(Tried::default());
         }
         let said = match message.record.read(self.handler.lifecycles) {
@@ -145,22 +157,23 @@ impl Parking {
         };
         let told = [Told { record: &message.record, said }];
         let outcome = self.handler.under_locks(connection, &told, true).await?;
-        let verdict = match outcome.parks.first() {
+        let (verdict, is_answered) = match outcome.parks.first() {
             Some(park) => {
                 // Early, and there is an order that may still come to where this moves it.
                 let is_hopeless = park.state == State::Dead;
-                Verdict::Again { kind: park.kind, reason: park.reason.clone(), is_hopeless }
+                let verdict = Verdict::Again { kind: park.kind, reason: park.reason.clone(), is_hopeless };
+                (verdict, park.kind == Kind::Conflict)
             }
-            None => Verdict::Done,
+            None => (Verdict::Done, true),
         };
-        let has_ended = self.end(connection, id, &message, verdict, at).await?;
+        let is_way_free = self.end(connection, id, &message, verdict, at).await?;
         // Whoever sent it was told that it is put off; now there is an answer.
-        let replies = if has_ended { outcome.replies } else { Vec::new() };
-        Ok(Tried { replies, sent: outcome.sent, woke: outcome.woke || has_ended })
+        let replies = if is_answered { outcome.replies } else { Vec::new() };
+        Ok(Tried { replies, sent: outcome.sent, woke: outcome.woke || is_way_free })
     }
 
     /// Keeps what became of an attempt, and lets the next one go where this is no longer in its
-    /// way; whether it is not.
+    /// way; whether there is one.
     async fn end(
         &self,
         connection: &Connection,
@@ -185,7 +198,8 @@ impl Parking {
                 (kind, state, Some(reason), next.filter(|_| !is_last))
             }
         };
-        let attempt = Attempt { kind, state, attempts, error: error.as_deref(), next_attempt_at };
+        let order_id = message.order_id;
+        let attempt = Attempt { order_id, kind, state, attempts, error: error.as_deref(), next_attempt_at };
         parked::record_attempt(connection, id, &attempt, at).await?;
         metrics::counter!("orderstream_parked_attempts_total", "result" => state.name()).increment(1);
         let place = message.record.place();
@@ -200,11 +214,9 @@ impl Parking {
         if is_in_the_way {
             return Ok(false);
         }
-        match message.order_id {
-            Some(order_id) => {
-                release_next(connection, &[order_id]).await.map(|released| released > 0 || error.is_none())
-            }
-            None => Ok(error.is_none()),
+        match order_id {
+            Some(order_id) => Ok(release_next(connection, &[order_id]).await? > 0),
+            None => Ok(false),
         }
     }
 

@@ -44,7 +44,7 @@ struct Swing {
     system: System,
     settings: Settings,
     topic: String,
-    _folder: Folder,
+    folder: Folder,
 }
 
 impl Swing {
@@ -62,7 +62,7 @@ impl Swing {
             ])
             .with(changes);
         system.kafka.create_topic(&topic, 4, &[]).await;
-        Self { system, settings, topic, _folder: folder }
+        Self { system, settings, topic, folder }
     }
 
     /// Makes orders, handled and ready to be pushed.
@@ -323,4 +323,43 @@ async fn a_result_for_an_order_that_never_comes_is_dead_after_the_last_attempt()
         }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_could_read_takes_its_place_once_it_can_be_read_and_is_redriven() {
+    let _turn = beside_others().await;
+    let swing = Swing::new(&[("RETRY_ATTEMPTS", "1")]).await;
+    let api = Api::start(&swing.settings).await;
+    let worker = Worker::start(&swing.settings).await;
+    let order_id = swing.orders(api.http(), 1).await.remove(0);
+    swing.refuse("true").await;
+    let drag = Record::new(&order_id, json!({ "order": order_id, "n": 1, "do": "drag" }).to_string());
+    swing.system.kafka.produce_all(&swing.topic, vec![Swing::message(&order_id, 0), drag]).await;
+    eventually("both to be dead", || async {
+        let dead = (
+            count_parked(&swing, "state = 'dead' and kind = 'failed'").await,
+            count_parked(&swing, "state = 'dead' and kind = 'unreadable' and order_id is null").await,
+        );
+        if dead == (1, 1) { Ok(()) } else { Err(format!("{dead:?}")) }
+    })
+    .await;
+    worker.sigterm();
+    worker.exit_within(Duration::from_secs(20)).await;
+    let knows_it = SWING.replace("pull = \"pull\"", "pull = \"pull\", drag = \"pull\"");
+    std::fs::write(std::path::Path::new(&swing.folder.path()).join("swing.toml"), knows_it).expect("a file");
+    let _worker = Worker::start(&swing.settings).await;
+    assert_eq!(admin(&api, Method::POST, "/admin/parked/redrive?kind=unreadable").await["count"], 1);
+    eventually("it to wait behind the one before it", || async {
+        match count_parked(&swing, "state = 'waiting' and kind = 'failed' and order_id is not null").await {
+            1 => Ok(()),
+            n => Err(format!("{n}")),
+        }
+    })
+    .await;
+    swing.refuse_nothing().await;
+    let path = format!("/admin/parked/redrive?order_id={order_id}");
+    assert_eq!(admin(&api, Method::POST, &path).await["count"], 1);
+    swing.handled_become(2, Duration::from_secs(30)).await;
+    assert_eq!(swing.sequences().await[&order_id], [0, 1]);
+    assert_eq!(count_parked(&swing, "state <> 'done'").await, 0);
 }

@@ -8,6 +8,7 @@ use shared::{
     parked::{Kind, State},
 };
 use time::OffsetDateTime;
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::record::Record;
@@ -38,6 +39,8 @@ pub(crate) struct Parked {
 /// What became of an attempt.
 #[derive(Debug)]
 pub(crate) struct Attempt<'a> {
+    /// Whose message it is, if that is known by now.
+    pub order_id: Option<Uuid>,
     pub kind: Kind,
     pub state: State,
     pub attempts: u32,
@@ -132,23 +135,34 @@ pub(crate) async fn due(connection: &Connection, at: OffsetDateTime, limit: i64)
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-/// Whose message this is; to be asked first, since the order's lock comes before the message's.
-pub(crate) async fn order_of(connection: &Connection, id: i64) -> Result<Option<Uuid>, DbError> {
-    const SQL: &str = "select order_id from parked_messages where id = $1";
+macro_rules! parked_columns {
+    () => {
+        "order_id, topic, partition, kafka_offset, kafka_timestamp, key, headers::text, body, kind, attempts, version, seq"
+    };
+}
+
+/// A message as it is now, not locked: whose it is must be known first, since the order's lock
+/// comes before the message's.
+pub(crate) async fn read(connection: &Connection, id: i64) -> Result<Option<Parked>, DbError> {
+    const SQL: &str = concat!("select ", parked_columns!(), " from parked_messages where id = $1");
     let statement = connection.prepared(SQL).await?;
-    Ok(connection.client().query_opt(&statement, &[&id]).await?.and_then(|row| row.get(0)))
+    Ok(connection.client().query_opt(&statement, &[&id]).await?.as_ref().map(parked))
 }
 
 /// Locks a message that is still due; none when somebody else has tried it, or has it in hand.
 pub(crate) async fn lock_due(connection: &Connection, id: i64, at: OffsetDateTime) -> Result<Option<Parked>, DbError> {
-    const SQL: &str = "
-        select order_id, topic, partition, kafka_offset, kafka_timestamp, key, headers::text, body, kind, attempts,
-            version, seq
-        from parked_messages
-        where id = $1 and next_attempt_at <= $2 and state in ('waiting', 'retrying')
-        for update skip locked";
+    const SQL: &str = concat!(
+        "select ",
+        parked_columns!(),
+        " from parked_messages
+         where id = $1 and next_attempt_at <= $2 and state in ('waiting', 'retrying')
+         for update skip locked"
+    );
     let statement = connection.prepared(SQL).await?;
-    let Some(row) = connection.client().query_opt(&statement, &[&id, &at]).await? else { return Ok(None) };
+    Ok(connection.client().query_opt(&statement, &[&id, &at]).await?.as_ref().map(parked))
+}
+
+fn parked(row: &Row) -> Parked {
     let record = Record {
         topic: row.get("topic"),
         partition: row.get::<_, Option<i32>>("partition").unwrap_or(-1),
@@ -158,14 +172,34 @@ pub(crate) async fn lock_due(connection: &Connection, id: i64, at: OffsetDateTim
         headers: Headers::from_json(row.get("headers")).ok(),
         body: row.get("body"),
     };
-    Ok(Some(Parked {
+    Parked {
         order_id: row.get("order_id"),
         kind: Kind::of(row.get("kind")),
         attempts: u32::try_from(row.get::<_, i32>("attempts")).unwrap_or(0),
         record,
         version: row.get("version"),
         seq: row.get("seq"),
-    }))
+    }
+}
+
+/// Is there a failed message of this order before this one? Under the order's lock.
+pub(crate) async fn is_behind(connection: &Connection, order_id: Uuid, id: i64) -> Result<bool, DbError> {
+    const SQL: &str = "
+        select 1 from parked_messages
+        where order_id = $1 and id < $2 and kind = 'failed' and state in ('waiting', 'retrying', 'dead') limit 1";
+    let statement = connection.prepared(SQL).await?;
+    Ok(connection.client().query_opt(&statement, &[&order_id, &id]).await?.is_some())
+}
+
+/// Lets a message wait for its turn behind an earlier one of its order.
+pub(crate) async fn put_behind(connection: &Connection, id: i64, order_id: Uuid) -> Result<(), DbError> {
+    const SQL: &str = "
+        update parked_messages
+        set order_id = $2, kind = 'failed', state = 'waiting', next_attempt_at = null, updated_at = clock_timestamp()
+        where id = $1";
+    let statement = connection.prepared(SQL).await?;
+    connection.client().execute(&statement, &[&id, &order_id]).await?;
+    Ok(())
 }
 
 /// Keeps what became of an attempt; its error is added to those before.
@@ -179,6 +213,7 @@ pub(crate) async fn record_attempt(
     const SQL: &str = "
         update parked_messages
         set kind = $2, state = $3, attempts = $4, reason = coalesce($5, reason), next_attempt_at = $6, updated_at = $7,
+            order_id = coalesce(order_id, $9),
             errors = case
                 when $8::text is null then errors
                 when jsonb_array_length(errors) >= 20 then (errors - 0) || $8::text::jsonb
@@ -201,6 +236,7 @@ pub(crate) async fn record_attempt(
                 &attempt.next_attempt_at,
                 &at,
                 &json,
+                &attempt.order_id,
             ],
         )
         .await?;
