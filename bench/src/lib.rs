@@ -4,8 +4,10 @@
 //! Both: [`http`] (one keep-alive connection), [`latency`], [`table`], [`money`].
 //! `demo`: [`sample`] (the file of orders) → [`demo`] (sending it) → [`progress`].
 //! `bench`: [`run`] is the reading order; it drives [`pgbench`], [`product`] (the release binaries)
-//! and [`load`] (in a process of its own), and hands [`report`] what it saw.
+//! and [`load`] (in a process of its own), and hands [`report`] what it saw. [`compare`] does the
+//! same with two builds in turn.
 
+pub mod compare;
 pub mod database;
 pub mod demo;
 pub mod http;

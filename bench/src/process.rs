@@ -29,15 +29,20 @@ pub struct Process {
 }
 
 impl Process {
-    /// Returns once it is ready. What it logs goes to a file in `folder`, which is also where it
+    /// Starts the binary of this name in the folder `binaries`. Returns once it is ready. What it logs goes to a file in `folder`, which is also where it
     /// runs: a `.env` of the checkout is not for it.
-    pub async fn start(name: &'static str, settings: &[(&str, String)], folder: &Path) -> anyhow::Result<Self> {
+    pub async fn start(
+        binaries: &Path,
+        name: &'static str,
+        settings: &[(&str, String)],
+        folder: &Path,
+    ) -> anyhow::Result<Self> {
         let log = folder.join(format!("{name}.log"));
         let stderr = std::fs::File::create(&log).with_context(|| format!("creating {}", log.display()))?;
         let mut child = Command::new("sh")
             // 1,000 parked callers are more files than many systems grant unasked.
             .args(["-c", r#"ulimit -n "$(ulimit -Hn)" || :; exec "$0""#])
-            .arg(binary(name)?)
+            .arg(binary(binaries, name)?)
             .envs(settings.iter().map(|(key, value)| (key, value)))
             .current_dir(folder)
             .stdin(Stdio::null())
@@ -90,10 +95,14 @@ impl Process {
     }
 }
 
-/// Beside this very program.
-pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
+/// Where this very program stands, and the release binaries beside it.
+pub fn own_folder() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
-    let path = own.with_file_name(name);
+    Ok(own.parent().context("this program stands in no folder")?.to_owned())
+}
+
+pub fn binary(folder: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let path = folder.join(name);
     ensure!(path.exists(), "{} is not there; build it: cargo build --release -p {name}", path.display());
     Ok(path)
 }

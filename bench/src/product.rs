@@ -50,12 +50,12 @@ pub struct CpuTimes {
 }
 
 /// Known before minutes are spent on measuring anything else.
-pub fn ensure_built() -> anyhow::Result<()> {
-    process::binary("api-service").and_then(|_| process::binary("worker")).map(drop)
+pub fn ensure_built(binaries: &Path) -> anyhow::Result<()> {
+    process::binary(binaries, "api-service").and_then(|_| process::binary(binaries, "worker")).map(drop)
 }
 
 impl Product {
-    pub async fn start(database: &Database, topics: &Topics, folder: &Path) -> anyhow::Result<Self> {
+    pub async fn start(binaries: &Path, database: &Database, topics: &Topics, folder: &Path) -> anyhow::Result<Self> {
         // The rest is what the caller's environment says, else the service's own defaults.
         let settings = [
             ("POSTGRES_DSN", database.dsn().to_owned()),
@@ -67,8 +67,8 @@ impl Product {
             ("WORKER_PORT", "127.0.0.1:0".to_owned()),
             ("ACK_WAIT_MAX_MS", (WAIT_MAX_SECONDS * 1000).to_string()),
         ];
-        let worker = Process::start("worker", &settings, folder).await?;
-        let api = Process::start("api-service", &settings, folder).await?;
+        let worker = Process::start(binaries, "worker", &settings, folder).await?;
+        let api = Process::start(binaries, "api-service", &settings, folder).await?;
         let (worker_metrics, api_metrics) = (Metrics::of(worker.address()).await?, Metrics::of(api.address()).await?);
         let postgres = database.server_process().await?;
         Ok(Self { api, worker, worker_metrics, api_metrics, postgres })

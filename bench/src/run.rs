@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::database::{self, Counts, Database};
 use crate::load::{self, Plan};
 use crate::pgbench;
+use crate::process;
 use crate::procfs;
 use crate::product::{self, Product, WAIT_MAX_SECONDS};
 use crate::report::{CpuShares, LedgerFigures, Machine, MemoryFigures, Mode, Point, Report};
@@ -41,7 +42,7 @@ pub struct Options {
 
 /// Leaves nothing behind but the report and the logs, however it ends.
 pub async fn run(options: &Options, interrupted: impl Future<Output = ()>) -> anyhow::Result<Report> {
-    product::ensure_built()?;
+    product::ensure_built(&process::own_folder()?)?;
     std::fs::create_dir_all(&options.folder).with_context(|| format!("creating {}", options.folder.display()))?;
     // Time-ordered and random: says when it was made, and two runs do not meet.
     let name = format!("bench_{}", Uuid::now_v7().simple());
@@ -75,7 +76,7 @@ async fn measure(options: &Options, database: &Database, topics: &Topics) -> any
     let before = ceiling(options, database, "before").await?;
 
     step("starting the service");
-    let mut product = Product::start(database, topics, &options.folder).await?;
+    let mut product = Product::start(&process::own_folder()?, database, topics, &options.folder).await?;
     let idle = product.memory()?;
     let mut bench = Bench { options, ledger: LedgerFigures::default() };
 
@@ -113,13 +114,14 @@ async fn ceiling(options: &Options, database: &Database, when: &str) -> anyhow::
 }
 
 /// The measurements that go through the service, and the account they add up to.
-struct Bench<'a> {
-    options: &'a Options,
-    ledger: LedgerFigures,
+pub struct Bench<'a> {
+    pub options: &'a Options,
+    pub ledger: LedgerFigures,
 }
 
 impl Bench<'_> {
-    async fn point(&mut self, product: &mut Product, mode: Mode, callers: usize) -> anyhow::Result<Point> {
+    /// One measurement. Waits until all is handled.
+    pub async fn point(&mut self, product: &mut Product, mode: Mode, callers: usize) -> anyhow::Result<Point> {
         let wait = match mode {
             Mode::Accepted => 0,
             Mode::Answered => WAIT_MAX_SECONDS,
@@ -186,7 +188,7 @@ impl Bench<'_> {
     }
 
     /// What was accepted is stored, and handled once; nothing is left anywhere.
-    async fn check(&mut self, database: &Database) -> anyhow::Result<()> {
+    pub async fn check(&mut self, database: &Database) -> anyhow::Result<()> {
         let client = database.connect().await?;
         let accepted = self.ledger.accepted;
         let expected = Counts { orders: accepted, handled: accepted, orders_handled: accepted, outbox: 0, parked: 0 };
@@ -232,7 +234,7 @@ async fn figures(load: Child) -> anyhow::Result<load::Figures> {
     serde_json::from_slice(&output.stdout).context("reading the load generator's figures")
 }
 
-fn step(what: &str) {
+pub fn step(what: &str) {
     eprintln!("bench: {what}");
 }
 

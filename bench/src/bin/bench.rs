@@ -1,9 +1,11 @@
 //! `bench`: the service beside pgbench, in one run.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use bench::compare;
 use bench::load::{self, Plan};
 use bench::run::{self, Options};
 use clap::{Parser, Subcommand};
@@ -24,6 +26,7 @@ use tokio::signal::unix::{SignalKind, signal};
 Examples:
   bench
   bench --callers 64,512 --measure 10s
+  bench --beside ../before/target/release --rounds 5 --callers 256
   bench --parked 5000 --keep"
 )]
 struct Args {
@@ -74,8 +77,17 @@ struct RunArgs {
     parked: usize,
 
     /// Leaves the database and the topics there at the end.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "beside")]
     keep: bool,
+
+    /// A folder with the binaries of another build: both are measured in turn, and the table shows
+    /// their ratios. No pgbench, no parked requests.
+    #[arg(long, value_name = "FOLDER")]
+    beside: Option<PathBuf>,
+
+    /// With --beside: how often each measurement is made.
+    #[arg(long, default_value_t = 3, requires = "beside", value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
 }
 
 fn main() -> ExitCode {
@@ -119,6 +131,11 @@ fn measure(args: RunArgs) -> anyhow::Result<()> {
         folder: run::default_folder()?,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    if let Some(other) = &args.beside {
+        let table = runtime.block_on(compare::run(&options, other, args.rounds.into(), interrupted()))?;
+        println!("{table}");
+        return Ok(());
+    }
     let report = runtime.block_on(run::run(&options, interrupted()))?;
     println!("{}", report.markdown()?);
     eprintln!("bench: kept as {}", report.save(&options.folder)?.display());
