@@ -9,7 +9,7 @@ Feature: Orders that another service takes the money for
       """
       {"amount": 100}
       """
-    Then the answer is 201
+    Then the order is taken (201)
     And the order is "PENDING"
     And "pay-order" is told
       """
@@ -95,8 +95,8 @@ Feature: Orders that another service takes the money for
       """
       <body>
       """
-    Then the answer is 422
-    And it names "<place>"
+    Then that is refused as wrong (422)
+    And the answer names "<place>"
 
     Examples:
       | user  | body                | place    |
@@ -108,9 +108,44 @@ Feature: Orders that another service takes the money for
   Scenario: Nobody changes an order whose money is under way
     Given user 42 has ordered for 100
     When the client changes the amount to 200
-    Then the answer is 409
+    Then that is refused (409)
     When somebody sets the status to "PAID"
-    Then the answer is 409
+    Then that is refused (409)
     When somebody cancels the order
-    Then the answer is 409
+    Then that is refused (409)
     And the order is "PENDING"
+
+  Scenario: Money for an order that has failed is for people to look at
+    Given user 42 has ordered for 100
+    And "payment-results" has brought
+      """
+      {"order_id": "<order>", "user_id": 42, "status": "failed", "reason": "no money"}
+      """
+    And the order has become "FAILED"
+    When "payment-results" brings
+      """
+      {"order_id": "<order>", "user_id": 42, "status": "success"}
+      """
+    Then operators see a conflict about the order
+    And the order is "FAILED"
+    And the history has ignored "conflict: paid"
+
+  Scenario: Money that comes after the time is up is for people to look at
+    Given the setting "PAYMENT_TIMEOUT" is "200ms"
+    And user 42 has ordered for 100
+    And the order has become "FAILED"
+    When "payment-results" brings
+      """
+      {"order_id": "<order>", "user_id": 42, "status": "success"}
+      """
+    Then operators see a conflict about the order
+    And the order is "FAILED"
+
+  Scenario: An answer for an order that never comes is given up and kept
+    Given the setting "RETRY_ATTEMPTS" is "3"
+    And the setting "RETRY_DELAY" is "50ms"
+    When "payment-results" brings, of an order that is not there yet
+      """
+      {"order_id": "<order>", "status": "success"}
+      """
+    Then operators see an "early" message that is "dead"

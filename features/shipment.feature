@@ -76,22 +76,22 @@ Feature: Orders on their way to a pick-up store
   Scenario: By hand, and told as by messages
     Given user "alice" has ordered
     When somebody sets the status to "WaitingForShipment"
-    Then the answer is 200
-    And it says "orderId" is "<order>"
+    Then that is done (200)
+    And the answer says "orderId" is "<order>"
     And "order.state.changed" is told
       """
       {"eventType": "OrderStatusChanged", "orderId": "<order>", "fromStatus": 0, "toStatus": 2}
       """
     When somebody sets the status to "Completed"
-    Then the answer is 409
-    And it allows "InTransit, Canceled"
+    Then that is refused (409)
+    And what is allowed is "InTransit, Canceled"
     When somebody sets the status to "Lost"
-    Then the answer is 422
+    Then that is refused as wrong (422)
 
   Scenario: A cancelled order stays so
     Given user "alice" has ordered
     When somebody cancels the order
-    Then the answer is 200
+    Then that is done (200)
     And the order is "Canceled"
     When "order.state.update" brings
       """
@@ -108,3 +108,67 @@ Feature: Orders on their way to a pick-up store
     When somebody sets the status to "WaitingForShipment"
     Then the order becomes "Completed"
     And "order.state.changed" is told of the order 4 times
+
+  Scenario: The same message twice is told once
+    Given user "alice" has ordered
+    When "order.state.update" brings twice
+      """
+      {"eventType": "PaymentCompleted", "orderId": "<order>", "timestamp": "2026-01-01T10:00:00Z"}
+      """
+    Then all messages are handled
+    And the order is "WaitingForShipment"
+    And "order.state.changed" is told of the order 1 time
+
+  Scenario: A message that nobody can understand
+    Given user "alice" has ordered
+    When "order.state.update" brings
+      """
+      {"eventType": "PackageLost", "orderId": "<order>", "timestamp": "2026-01-01T10:00:00Z"}
+      """
+    Then operators see an "unreadable" message that is "dead"
+    And the order is "Created"
+
+  Scenario: A shipment of an order that nobody has told us of waits for its payment
+    When "order.state.update" brings
+      """
+      {"eventType": "ShipmentStarted", "orderId": "A-2026-18", "timestamp": "2026-01-01T11:00:00Z"}
+      """
+    Then operators see an "early" message that is "waiting"
+    When "order.state.update" brings
+      """
+      {"eventType": "PaymentCompleted", "orderId": "A-2026-18", "timestamp": "2026-01-01T10:00:00Z"}
+      """
+    Then the order with the external id "A-2026-18" of user "unknown" becomes "InTransit"
+
+  Scenario: It waits even if it was given up before
+    Given the setting "RETRY_ATTEMPTS" is "2"
+    And the setting "RETRY_DELAY" is "50ms"
+    When "order.state.update" brings
+      """
+      {"eventType": "ShipmentStarted", "orderId": "A-2026-19", "timestamp": "2026-01-01T11:00:00Z"}
+      """
+    Then operators see an "early" message that is "dead"
+    When "order.state.update" brings
+      """
+      {"eventType": "PaymentCompleted", "orderId": "A-2026-19", "timestamp": "2026-01-01T10:00:00Z"}
+      """
+    Then the order with the external id "A-2026-19" of user "unknown" becomes "InTransit"
+
+  Scenario: What is ordered can change until it is paid
+    Given user "alice" has ordered
+    When the client changes the amount to 70
+    Then that is done (200)
+    And the order is "Created"
+    Given somebody has set the status to "WaitingForShipment"
+    When the client changes the amount to 80
+    Then that is refused (409)
+
+  Scenario: A completed order cannot be cancelled
+    Given user "alice" has ordered
+    And somebody has set the status to "WaitingForShipment"
+    And somebody has set the status to "InTransit"
+    And somebody has set the status to "WaitPickup"
+    And somebody has set the status to "Completed"
+    When somebody cancels the order
+    Then that is refused (409)
+    And nothing else is allowed

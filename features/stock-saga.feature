@@ -9,7 +9,7 @@ Feature: Orders that need stock
       """
       {"items": [{"product_id": "book", "quantity": 2, "unit_price": 19.99}]}
       """
-    Then the answer is 201
+    Then the order is taken (201)
     And "orders_exchange" is told
       """
       {"order_id": "<order>", "user_id": "alice", "total_price": 39.98,
@@ -81,8 +81,8 @@ Feature: Orders that need stock
       """
       {"notes": "anything"}
       """
-    Then the answer is 422
-    And it names "/amount"
+    Then that is refused as wrong (422)
+    And the answer names "/amount"
 
   Scenario: An order that nobody answers
     Given the setting "STOCK_TIMEOUT" is "1s"
@@ -92,3 +92,30 @@ Feature: Orders that need stock
       """
       {"order_id": "<order>", "user_id": "alice", "reason": "stock_timed_out"}
       """
+
+  Scenario: The same answer twice is told once
+    Given user "alice" has ordered for 10
+    When "stock_update_exchange" brings twice
+      """
+      {"order_id": "<order>", "success": true}
+      """
+    Then all messages are handled
+    And the order is "CONFIRMED"
+    And "order_confirmed_exchange" is told of the order 1 time
+
+  Scenario: The answer is there before the order
+    When "stock_update_exchange" brings, of an order that is not there yet
+      """
+      {"order_id": "<order>", "success": true}
+      """
+    Then operators see an "early" message that is "waiting"
+
+  Scenario: Nobody changes an order whose stock is being looked for
+    Given user "alice" has ordered for 10
+    When the client changes the amount to 20
+    Then that is refused (409)
+    When somebody sets the status to "CONFIRMED"
+    Then that is refused (409)
+    When somebody cancels the order
+    Then that is refused (409)
+    And the order is "PENDING"

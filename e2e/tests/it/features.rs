@@ -77,14 +77,14 @@ struct Shop {
 struct Running {
     system: System,
     api: Api,
-    _worker: Worker,
+    worker: Worker,
 }
 
 impl Debug for Shop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { lifecycle, settings, order_id, reply, .. } = self;
         let reply = reply.as_ref().map(Reply::summary);
-        let log = self.running.as_ref().map(|running| running._worker.log());
+        let log = self.running.as_ref().map(|running| running.worker.log());
         write!(f, "{lifecycle} {settings:?} order {order_id:?} last answer {reply:?}\nworker's log:\n{log:?}")
     }
 }
@@ -104,7 +104,7 @@ impl Shop {
                 settings.set(key, value);
             }
             let (api, worker) = (Api::start(&settings).await, Worker::start(&settings).await);
-            self.running = Some(Running { system, api, _worker: worker });
+            self.running = Some(Running { system, api, worker });
         }
         self.running.as_ref().expect("just started")
     }
@@ -239,6 +239,13 @@ async fn changes_amount(shop: &mut Shop, amount: String) {
     shop.send(Method::POST, "/orders", body).await;
 }
 
+#[given("the client has spoilt the order")]
+async fn spoils(shop: &mut Shop) {
+    let body = json!({ "order_id": shop.order_id(), "payload": { "items": "many" } });
+    shop.send(Method::POST, "/orders", body).await;
+    assert_eq!(shop.reply().status, 422, "{}", shop.reply().summary());
+}
+
 #[when("the client deletes the order")]
 async fn deletes(shop: &mut Shop) {
     let body = json!({ "order_id": shop.order_id(), "status": "deleted" });
@@ -288,25 +295,30 @@ async fn discards(shop: &mut Shop) {
 
 // --- Then ----------------------------------------------------------------------------------------
 
-#[then(regex = r"^the answer is (\d+)$")]
+#[then(regex = r"^(?:the order is taken|that is done|that is refused|that is refused as wrong) \((\d+)\)$")]
 async fn answer_is(shop: &mut Shop, status: u16) {
     assert_eq!(shop.reply().status, status, "{}", shop.reply().summary());
 }
 
-#[then(regex = r#"^it names "(.+)"$"#)]
+#[then(regex = r#"^the answer names "(.+)"$"#)]
 async fn names(shop: &mut Shop, place: String) {
     let errors = shop.reply().json()["errors"].clone();
     let is_named = errors.as_array().is_some_and(|errors| errors.iter().any(|error| error["pointer"] == *place));
     assert!(is_named, "{}", shop.reply().summary());
 }
 
-#[then(regex = r#"^it allows "(.*)"$"#)]
+#[then(regex = r#"^what is allowed is "(.+)"$"#)]
 async fn allows(shop: &mut Shop, states: String) {
-    let expected: Vec<_> = states.split(", ").filter(|state| !state.is_empty()).collect();
+    let expected: Vec<_> = states.split(", ").collect();
     assert_eq!(shop.reply().json()["allowed"], json!(expected), "{}", shop.reply().summary());
 }
 
-#[then(regex = r#"^it says "(.+)" is "(.+)"$"#)]
+#[then("nothing else is allowed")]
+async fn allows_nothing(shop: &mut Shop) {
+    assert_eq!(shop.reply().json()["allowed"], json!([]), "{}", shop.reply().summary());
+}
+
+#[then(regex = r#"^the answer says "(.+)" is "(.+)"$"#)]
 async fn says(shop: &mut Shop, field: String, value: String) {
     let value = value.replace("<order>", shop.order_id());
     assert_eq!(shop.reply().json()[&field], json!(value), "{}", shop.reply().summary());
