@@ -78,7 +78,7 @@ impl From<DbError> for Problem {
                 "the database fell silent; whether the order was stored is not known, and repeating is safe with external_id",
             ),
         };
-        tracing::warn!(error = format!("{:#}", anyhow::Error::from(error)), "database");
+        tracing::warn!(error = error.chain(), "database");
         problem
     }
 }

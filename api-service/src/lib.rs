@@ -73,7 +73,7 @@ pub async fn run(
     let deleter = tokio::spawn(deleter);
 
     let admin = admin.map(|listener| {
-        let admin = http::admin::Admin { db: db.clone(), token: config.admin_token() };
+        let admin = http::admin::Admin { db: db.clone(), lifecycles: defaults.lifecycles, token: config.admin_token() };
         let stop = server::Stop { leaving: leaving.clone(), grace: Duration::ZERO, timeout: LAST_ACTS };
         tokio::spawn(server::serve("admin", listener, http::admin::router(admin), stop))
     });
@@ -213,7 +213,7 @@ async fn look_after_outbox(
 }
 
 fn log_db(doing: &'static str, error: DbError) {
-    tracing::debug!(error = format!("{:#}", anyhow::Error::from(error)), "{doing}");
+    tracing::debug!(error = error.chain(), "{doing}");
 }
 
 /// Ready when the tables are there and answers can be heard; without Kafka, after a while.

@@ -183,7 +183,7 @@ impl Orders {
             Ok(request) => request?.answer,
             Err(error) => {
                 // It is stored, and that is what the caller is told.
-                tracing::warn!(order.id = %order_id, error = format!("{:#}", anyhow::Error::from(error)), "looking for an answer");
+                tracing::warn!(order.id = %order_id, error = error.chain(), "looking for an answer");
                 None
             }
         }

@@ -108,10 +108,14 @@ impl DbError {
         match error.code().map(|state| &state.code()[..2]) {
             _ if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Fault::Locked,
             Some("40") => Fault::Contention,
-            // Data exceptions, violated constraints, cardinality, limits of the program, and what
-            // a trigger or function raises.
-            Some("21" | "22" | "23" | "54" | "P0" | "38" | "39" | "44") => Fault::Data,
-            _ => Fault::Server,
+            // Connections, transactions, accounts and databases, what is not migrated or not
+            // granted, resources, states of objects, operators, the system, the configuration.
+            Some("08" | "0A" | "25" | "26" | "28" | "3D" | "3F" | "42" | "53" | "55" | "57" | "58" | "F0") => {
+                Fault::Server
+            }
+            // Data exceptions, violated constraints, damaged rows, and whatever a trigger or function
+            // raises, which may be any code.
+            _ => Fault::Data,
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::{
         template::{Emit, Subject},
     },
     message::{Headers, Message},
+    order::{Content, worth},
 };
 
 /// Who sends them, and on behalf of what.
@@ -35,6 +36,12 @@ pub fn messages(
 ) -> Result<Vec<Arc<Message>>, String> {
     let code = |state: &str| lifecycle.state(state).and_then(|state| state.code);
     (subject.from_code, subject.to_code) = (code(subject.from), code(subject.to));
+    if subject.amount.is_none() && !emits.is_empty() {
+        // Not handled yet: what the content comes to is known all the same.
+        let Subject { items, payload, currency, .. } = subject;
+        let content = Content { items, payload, currency: currency.or(Some("")), amount: None };
+        subject.amount = worth(&content).ok().and_then(|worth| worth.amount);
+    }
     let mut messages = Vec::with_capacity(emits.len());
     for (emit, seq) in emits.iter().zip(sender.first_seq..) {
         subject.message_id = Uuid::now_v7();

@@ -107,7 +107,9 @@ pub struct Receive {
 pub enum Trigger<'a> {
     /// A client gave new content.
     ContentChanged,
-    /// The worker has handled the content.
+    /// The worker has handled the content of a new order.
+    CreateHandled,
+    /// The worker has handled new content of an order.
     ContentHandled,
     /// The worker had to refuse the content.
     ContentRefused,
@@ -182,7 +184,7 @@ pub fn step<'a>(lifecycle: &'a Lifecycle, state: &'a str, trigger: Trigger<'_>) 
     let to = match trigger {
         Trigger::ContentChanged if content.change_in.iter().any(|name| name == state) => content.leads_to.as_str(),
         Trigger::ContentChanged => return Err(Refusal::ContentFixed),
-        Trigger::ContentHandled => along(&content.on_handled),
+        Trigger::CreateHandled | Trigger::ContentHandled => along(&content.on_handled),
         Trigger::ContentRefused => along(&content.on_refused),
         Trigger::Deleted => DELETED,
         Trigger::Fired(trigger) => lifecycle.fired(state, trigger).ok_or_else(|| lifecycle.untimely(state, trigger))?,
@@ -273,13 +275,15 @@ impl Lifecycle {
     /// What the clock fires for an order that has been in this state for too long.
     #[must_use]
     pub fn timed_out(&self, state: &str) -> Option<&str> {
-        self.timeouts.iter().find(|timeout| timeout.state == state).map(|timeout| timeout.trigger.as_str())
+        let is_on = |timeout: &&Timeout| timeout.state == state && timeout.after.is_some();
+        self.timeouts.iter().find(is_on).map(|timeout| timeout.trigger.as_str())
     }
 
     fn emits_of(&self, from: &str, to: &str, trigger: Trigger<'_>) -> Vec<&Emit> {
         let content_entered = match trigger {
             // Nobody is told of content before it is handled.
             Trigger::ContentChanged => return Vec::new(),
+            Trigger::CreateHandled => Some(self.initial.as_str()),
             Trigger::ContentHandled => Some(self.content.leads_to.as_str()),
             _ => None,
         };

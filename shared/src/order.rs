@@ -23,10 +23,13 @@ pub const MAX_ID: usize = 255;
 const ORDERS_OF_OTHERS: Uuid = Uuid::NAMESPACE_OID;
 
 /// The order that an id from elsewhere stands for: a UUID for itself, other text for the UUIDv5 of
-/// it (RFC 9562, section 5.5, in the OID namespace).
+/// it (RFC 9562, section 5.5, in the OID namespace). Only the form with hyphens is a UUID: another
+/// system's id of 32 hexadecimal digits is to be told to it as it was.
 #[must_use]
 pub fn order_id_of(text: &str) -> Uuid {
-    Uuid::try_parse(text).unwrap_or_else(|_| Uuid::new_v5(&ORDERS_OF_OTHERS, text.as_bytes()))
+    const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
+    let uuid = if text.len() == HYPHENATED { Uuid::try_parse(text).ok() } else { None };
+    uuid.unwrap_or_else(|| Uuid::new_v5(&ORDERS_OF_OTHERS, text.as_bytes()))
 }
 
 /// The id under which others know an order: their own text, where the order's id stands for it.
@@ -357,6 +360,18 @@ mod tests {
         assert_eq!(worth_of(None, None, Some(payload)), money("7.50"));
         assert_eq!(worth_of(None, None, Some(r#"{"amount":"1.10"}"#)), money("1.10"));
         assert_eq!(worth_of(None, None, Some("{}")), Ok(None));
+    }
+
+    #[test]
+    fn only_the_form_with_hyphens_is_a_uuid_and_other_text_is_told_as_it_was() {
+        let text = "0198f2a0-0000-7000-8000-00000000000a";
+        assert_eq!(order_id_of(text).to_string(), text);
+        assert_eq!(order_id_of(&text.to_uppercase()), order_id_of(text));
+        for other in [text.replace('-', ""), format!("{{{text}}}"), format!("urn:uuid:{text}"), "A-1".to_owned()] {
+            let id = order_id_of(&other);
+            assert_ne!(id, order_id_of(text));
+            assert_eq!(public_id(id, Some(&other)), other);
+        }
     }
 
     #[test]

@@ -192,10 +192,7 @@ impl Outbox {
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(
-                        error = format!("{:#}", anyhow::Error::from(error)),
-                        "looking for earlier messages; the sweeper sends these"
-                    );
+                    tracing::warn!(error = error.chain(), "looking for earlier messages; the sweeper sends these");
                     return;
                 }
             }
@@ -253,7 +250,7 @@ impl Outbox {
             self.sending.spawn(async move {
                 if let Err(error) = park(&db, &message, &reason).await {
                     // It stays in the outbox, where the sweeper meets the same refusal.
-                    tracing::warn!(order.id = %message.order_id, error = format!("{:#}", anyhow::Error::from(error)), "cannot park a message");
+                    tracing::warn!(order.id = %message.order_id, error = error.chain(), "cannot park a message");
                 }
             });
         } else {
@@ -305,12 +302,7 @@ async fn delete_delivered(db: Db, mut queue: mpsc::Receiver<Vec<Placed>>) {
             if queue.is_closed() {
                 return;
             }
-            tracing::warn!(
-                error = format!("{:#}", anyhow::Error::from(error)),
-                rows = rows.len(),
-                ?since,
-                "deleting sent messages"
-            );
+            tracing::warn!(error = error.chain(), rows = rows.len(), ?since, "deleting sent messages");
             tokio::time::sleep(backoff.delay()).await;
         }
         backoff.reset();

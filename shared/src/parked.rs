@@ -1,17 +1,24 @@
 //! Messages that could not be handled, or not be sent, as operators see them and mend them
 //! (DESIGN 6.4): list, show, redrive, discard, and what is stuck.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use tokio_postgres::Row;
+use tokio_postgres::{Row, types::ToSql};
 use uuid::Uuid;
 
-use crate::db::{Connection, Db, DbError};
+use crate::{
+    db::{Connection, Db, DbError},
+    lifecycle::Lifecycles,
+};
 
 /// Most messages in one list.
 pub const MAX_LIMIT: i64 = 1_000;
 /// Most entries of each kind among those that are stuck.
 const STUCK_LIMIT: i64 = 100;
+/// What should have moved so long ago is stuck.
+const STUCK_AFTER: Duration = Duration::from_secs(60);
 
 /// Why a message was set aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -75,6 +82,19 @@ impl State {
             Self::Discarded => "discarded",
         }
     }
+}
+
+/// A reason as it is kept: it may quote what somebody sent, however long, with the one character
+/// that PostgreSQL's text cannot hold.
+#[must_use]
+pub fn short(reason: &str) -> String {
+    const LONGEST: usize = 1_000;
+    let mut short: String = reason.replace('\0', "\\0").chars().take(LONGEST + 1).collect();
+    if short.chars().count() > LONGEST {
+        short.pop();
+        short.push('…');
+    }
+    short
 }
 
 /// Which messages are meant: those to which all that is given applies.
@@ -171,7 +191,7 @@ macro_rules! matches_filter {
     () => {
         "($1::bigint is null or p.id = $1) and ($2::uuid is null or p.order_id = $2)
          and ($3::text is null or p.topic = $3) and ($4::text is null or strpos(p.reason, $4) > 0)
-         and ($5::text is null or p.state = $5) and ($6::text is null or p.kind = $6)"
+         and ($5::text is null or p.state = $5) and ($6::text is null or p.kind = $6) and p.id > 0"
     };
 }
 
@@ -234,67 +254,107 @@ pub async fn show(db: &Db, id: i64) -> Result<Option<Details>, DbError> {
     }))
 }
 
+/// So many messages are redriven or discarded in one transaction.
+const CHUNK: i64 = 1_000;
+
 /// Lets dead messages be tried again from the beginning; how many. Those that wait behind them
 /// follow in their sequence. A conflict is not: there is nothing that another attempt could mend.
 ///
 /// # Errors
-/// When PostgreSQL is away.
+/// When PostgreSQL is away; some may have been redriven.
 pub async fn redrive(db: &Db, filter: &Filter) -> Result<u64, DbError> {
     const SQL: &str = concat!(
         "update parked_messages p
          set state = 'retrying', attempts = 0, next_attempt_at = clock_timestamp(), updated_at = clock_timestamp()
-         where ",
+         where p.id in (
+             select p.id from parked_messages p where ",
         matches_filter!(),
-        " and p.state = 'dead' and p.kind <> 'conflict' and (p.kind <> 'unsent' or p.version is not null)"
+        "    and p.state = 'dead' and p.kind <> 'conflict' and (p.kind <> 'unsent' or p.version is not null)
+               and p.id > $7
+             order by p.id limit $8)
+           and p.state = 'dead'
+         returning p.id"
     );
+    let Filter { id, order_id, topic, reason, state, kind } = filter;
+    let (state, kind) = (state.map(State::name), kind.map(Kind::name));
     let connection = db.connection().await?;
-    connection.within(db.settings.write_timeout, update(&connection, SQL, filter)).await
+    let (mut count, mut after) = (0, 0);
+    loop {
+        let work = async {
+            let statement = connection.prepared(SQL).await?;
+            let params: [&(dyn ToSql + Sync); 8] = [id, order_id, topic, reason, &state, &kind, &after, &CHUNK];
+            Ok(connection.client().query(&statement, &params).await?)
+        };
+        let rows = connection.within(db.settings.write_timeout, work).await?;
+        let Some(last) = rows.iter().map(|row| row.get::<_, i64>(0)).max() else { break };
+        (count, after) = (count + rows.len() as u64, last);
+    }
+    metrics::counter!("orderstream_parked_redriven_total").increment(count);
+    Ok(count)
 }
 
-/// Gives messages up that nobody works on; how many. Those that wait behind them go on.
+/// Gives messages up that nobody works on; how many. Those that wait behind them go on. The history
+/// of their orders says so.
 ///
 /// # Errors
-/// When PostgreSQL is away.
+/// When PostgreSQL is away; some may have been discarded.
 pub async fn discard(db: &Db, filter: &Filter) -> Result<u64, DbError> {
+    let connection = db.connection().await?;
+    let (mut count, mut after) = (0, 0);
+    while let Some((discarded, last)) =
+        connection.transaction(db.settings.write_timeout, discard_some(&connection, filter, after)).await?
+    {
+        (count, after) = (count + discarded, last);
+    }
+    metrics::counter!("orderstream_parked_discarded_total").increment(count);
+    Ok(count)
+}
+
+/// Of those after this id the first; how many were discarded, and the last id that was looked at.
+async fn discard_some(connection: &Connection, filter: &Filter, after: i64) -> Result<Option<(u64, i64)>, DbError> {
     const WHICH: &str = concat!(
         "select p.id, p.order_id from parked_messages p where ",
         matches_filter!(),
-        " and p.state not in ('done', 'discarded')"
+        " and p.id > $7 and p.state not in ('done', 'discarded') order by p.id limit $8"
     );
     // The orders' locks first, as everybody takes them: who parks a message behind one of these
     // at this moment must see it as it was, or as it will be.
     const ORDERS: &str = "
         select o.order_id from unnest($1::uuid[]) as i(order_id) join orders o on o.order_id = i.order_id
         order by o.order_id for update of o";
-    const DISCARD: &str = "
-        update parked_messages p
-        set state = 'discarded', next_attempt_at = null, updated_at = clock_timestamp()
-        from unnest($1::bigint[]) as i(id)
-        where p.id = i.id and p.state not in ('done', 'discarded')";
-    let connection = db.connection().await?;
-    let work = async {
-        let client = connection.client();
-        let Filter { id, order_id, topic, reason, state, kind } = filter;
-        let (state, kind) = (state.map(State::name), kind.map(Kind::name));
-        let which =
-            client.query(&connection.prepared(WHICH).await?, &[id, order_id, topic, reason, &state, &kind]).await?;
-        let ids: Vec<i64> = which.iter().map(|row| row.get(0)).collect();
-        let mut orders: Vec<Uuid> = which.iter().filter_map(|row| row.get(1)).collect();
-        orders.sort_unstable();
-        orders.dedup();
-        client.query(&connection.prepared(ORDERS).await?, &[&orders]).await?;
-        let discarded = client.execute(&connection.prepared(DISCARD).await?, &[&ids]).await?;
-        release_next(&connection, &orders).await?;
-        Ok(discarded)
-    };
-    connection.transaction(db.settings.write_timeout, work).await
-}
-
-async fn update(connection: &Connection, sql: &'static str, filter: &Filter) -> Result<u64, DbError> {
+    // And the filter once more: what was meant may have gone on while we waited for the locks.
+    const DISCARD: &str = concat!(
+        "with gone as (
+             update parked_messages p
+             set state = 'discarded', next_attempt_at = null, updated_at = clock_timestamp()
+             where ",
+        matches_filter!(),
+        "      and p.id = any ($7::bigint[]) and p.state not in ('done', 'discarded')
+             returning p.id, p.order_id
+         ), told as (
+             insert into order_events (order_id, version, cause, type, from_status, to_status, ignored, at)
+             select o.order_id, o.version, 'parked message ' || gone.id, 'discarded', o.status, o.status, true,
+                 clock_timestamp()
+             from gone join orders o on o.order_id = gone.order_id
+             on conflict do nothing
+         )
+         select count(*) from gone"
+    );
+    let client = connection.client();
     let Filter { id, order_id, topic, reason, state, kind } = filter;
     let (state, kind) = (state.map(State::name), kind.map(Kind::name));
-    let statement = connection.prepared(sql).await?;
-    Ok(connection.client().execute(&statement, &[id, order_id, topic, reason, &state, &kind]).await?)
+    let params: [&(dyn ToSql + Sync); 8] = [id, order_id, topic, reason, &state, &kind, &after, &CHUNK];
+    let which = client.query(&connection.prepared(WHICH).await?, &params).await?;
+    let ids: Vec<i64> = which.iter().map(|row| row.get(0)).collect();
+    let Some(last) = ids.last().copied() else { return Ok(None) };
+    let mut orders: Vec<Uuid> = which.iter().filter_map(|row| row.get(1)).collect();
+    orders.sort_unstable();
+    orders.dedup();
+    client.query(&connection.prepared(ORDERS).await?, &[&orders]).await?;
+    let params: [&(dyn ToSql + Sync); 7] = [id, order_id, topic, reason, &state, &kind, &ids];
+    let discarded: i64 = client.query_one(&connection.prepared(DISCARD).await?, &params).await?.get(0);
+    release_next(connection, &orders).await?;
+    Ok(Some((u64::try_from(discarded).unwrap_or(0), last)))
 }
 
 /// Lets the first of these orders' waiting messages be tried, where no other is before it. Under
@@ -373,18 +433,20 @@ pub struct Blocked {
     pub waiting: i64,
 }
 
-/// What is stuck, where `patience` is the age from which something should have moved.
+/// What is stuck: what should have moved a minute ago, and what waits for an operator.
 ///
 /// # Errors
 /// When PostgreSQL is away.
-pub async fn stuck(db: &Db, patience: std::time::Duration) -> Result<Stuck, DbError> {
+pub async fn stuck(db: &Db, lifecycles: &Lifecycles) -> Result<Stuck, DbError> {
     const OVERDUE: &str = "
         select order_id, lifecycle, status, due_at from orders
-        where due_at < clock_timestamp() - $1::float8 * interval '1 second' order by due_at limit $2";
+        where due_at < clock_timestamp() - $1::float8 * interval '1 second'
+          and lifecycle || ' ' || status = any ($3::text[])
+        order by due_at limit $2";
     const CONFLICTS: &str = concat!(
         "select ",
         entry_columns!(),
-        " from parked_messages p where p.kind = 'conflict' and p.state = 'dead' order by p.id limit $1"
+        " from parked_messages p where p.kind = 'conflict' and p.state = 'dead' and p.id > 0 order by p.id limit $1"
     );
     const UNSENT: &str = "
         select order_id, version, topic, created_at from outbox
@@ -394,12 +456,14 @@ pub async fn stuck(db: &Db, patience: std::time::Duration) -> Result<Stuck, DbEr
             (select count(*) from parked_messages w
              where w.order_id = p.order_id and w.kind = 'failed' and w.state = 'waiting') as waiting
         from parked_messages p
-        where p.kind = 'failed' and p.state = 'dead' and p.order_id is not null order by p.id limit $1";
+        where p.kind = 'failed' and p.state = 'dead' and p.order_id is not null and p.id > 0
+        order by p.id limit $1";
     let connection = db.connection().await?;
-    let seconds = patience.as_secs_f64();
+    let seconds = STUCK_AFTER.as_secs_f64();
     let work = async {
         let client = connection.client();
-        let overdue = client.query(&connection.prepared(OVERDUE).await?, &[&seconds, &STUCK_LIMIT]).await?;
+        let overdue =
+            client.query(&connection.prepared(OVERDUE).await?, &[&seconds, &STUCK_LIMIT, &lifecycles.timed()]).await?;
         let conflicts = client.query(&connection.prepared(CONFLICTS).await?, &[&STUCK_LIMIT]).await?;
         let unsent = client.query(&connection.prepared(UNSENT).await?, &[&seconds, &STUCK_LIMIT]).await?;
         let blocked = client.query(&connection.prepared(BLOCKED).await?, &[&STUCK_LIMIT]).await?;

@@ -14,7 +14,10 @@ use std::{
 use anyhow::bail;
 use clap::{ArgAction, Args, Parser};
 
-use crate::{db::PoolSettings, lifecycle::Lifecycles};
+use crate::{
+    db::PoolSettings,
+    lifecycle::{Lifecycle, Lifecycles},
+};
 
 /// Names that the five seed systems use for the same thing.
 const OLDER_NAMES: &[(&str, &str)] = &[
@@ -164,8 +167,16 @@ impl KafkaSettings {
         if self.orders_events_topic == self.orders_ack_topic {
             bail!("ORDERS_EVENTS_TOPIC and ORDERS_ACK_TOPIC are both {}", self.orders_ack_topic);
         }
-        // The order of events across replicas stands on these (DESIGN 6.2).
-        const OURS: [&str; 3] = ["message.timeout.ms", "enable.idempotence", "acks"];
+        // What is promised of an order stands on these (DESIGN 6.2, 6.3), by each of their names.
+        const OURS: [&str; 7] = [
+            "message.timeout.ms",
+            "delivery.timeout.ms",
+            "enable.idempotence",
+            "acks",
+            "request.required.acks",
+            "enable.auto.offset.store",
+            "enable.auto.commit",
+        ];
         if let Some((key, _)) = self.kafka_config.0.iter().find(|(key, _)| OURS.contains(&key.as_str())) {
             bail!("KAFKA_CONFIG: {key} is not for settings to choose; take it out");
         }
@@ -187,8 +198,24 @@ impl KafkaSettings {
     /// # Errors
     /// Naming file, key and remedy.
     pub fn lifecycles(&self) -> anyhow::Result<&'static Lifecycles> {
-        let folder = self.lifecycles_dir.as_deref().filter(|folder| !folder.as_os_str().is_empty());
-        Lifecycles::load(folder, &[&self.orders_events_topic, &self.orders_ack_topic], &variables())
+        Lifecycles::load(self.lifecycles_folder(), &self.own_topics(), &variables())
+    }
+
+    /// The lifecycle of one file, first, and those that it would stand beside, which it must not
+    /// clash with.
+    ///
+    /// # Errors
+    /// Naming file, key and remedy.
+    pub fn lifecycles_with(&self, file: &Path) -> anyhow::Result<Vec<Lifecycle>> {
+        Lifecycles::with(file, self.lifecycles_folder(), &self.own_topics(), &variables())
+    }
+
+    fn lifecycles_folder(&self) -> Option<&Path> {
+        self.lifecycles_dir.as_deref().filter(|folder| !folder.as_os_str().is_empty())
+    }
+
+    fn own_topics(&self) -> [&str; 2] {
+        [&self.orders_events_topic, &self.orders_ack_topic]
     }
 
     #[must_use]
@@ -221,7 +248,7 @@ impl FromStr for KafkaConfig {
         let mut pairs: Vec<(String, String)> = Vec::new();
         for part in text.split(',').filter(|part| !part.trim().is_empty()) {
             match (part.split_once('='), pairs.last_mut()) {
-                (Some((key, value)), _) if key.trim().contains('.') => {
+                (Some((key, value)), _) if is_property(key.trim()) => {
                     pairs.push((key.trim().to_owned(), value.trim().to_owned()));
                 }
                 // A value with a comma in it, such as a list of cipher suites or a JAAS line.
@@ -234,6 +261,14 @@ impl FromStr for KafkaConfig {
         }
         Ok(Self(pairs))
     }
+}
+
+/// Properties are `a.b.c`, or one of few words without a dot; what else stands before an equals
+/// sign is part of the value before it.
+fn is_property(key: &str) -> bool {
+    const WORDS: [&str; 4] = ["acks", "debug", "retries", "partitioner"];
+    let is_name = key.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_'));
+    is_name && (key.contains('.') || WORDS.contains(&key))
 }
 
 /// Where a listener binds.

@@ -54,7 +54,9 @@ pub(crate) struct Outcome<'a> {
     pub sent: Vec<Placed>,
     /// What could not be handled now.
     pub parks: Vec<Park<'a>>,
-    /// Messages that had come too early may be tried now.
+    /// Orders that have moved: what came too early for them may be tried now.
+    pub touched: Vec<Uuid>,
+    /// There is such.
     pub woke: bool,
 }
 
@@ -90,11 +92,12 @@ impl Handler {
             let work = async {
                 let mut outcome = self.under_locks(&connection, &rest, false).await?;
                 outcome.parks.append(&mut unreadable);
-                // What was there first is parked first: an order's messages keep their sequence.
-                outcome.parks.sort_by_key(|park| (&park.record.topic, park.record.partition, park.record.offset));
+                // As they came, whatever topic they are of: an order's messages keep their sequence.
+                outcome.parks.sort_by_key(|park| records.iter().position(|record| std::ptr::eq(record, park.record)));
                 for park in &outcome.parks {
                     parked::insert(&connection, park, now()).await?;
                 }
+                outcome.woke = parked::wake_early(&connection, &outcome.touched, now()).await? > 0;
                 Ok(outcome)
             };
             let outcome = connection.transaction(deadline, work).await?;
@@ -135,7 +138,7 @@ impl Handler {
             let order_id = said.as_ref().ok().map(Said::order_id);
             let mut park = park(record, order_id, &Trouble::Failed(error.to_owned()), at, &self.retries);
             if let (Ok(said), Some(order_id)) = (&said, order_id) {
-                let locked = store::lock_orders(&connection, &[order_id]).await?;
+                let locked = store::lock_orders(&connection, &[order_id], &[]).await?;
                 let cause = (order_id, said.cause());
                 if store::answers(&connection, std::slice::from_ref(&cause)).await?.contains_key(&cause) {
                     return Ok(replies); // another worker has handled it meanwhile
@@ -166,7 +169,7 @@ impl Handler {
         for Told { said, .. } in &told {
             *times.entry(said.order_id()).or_default() += 1;
         }
-        let (mut rows, mut messages, mut candidates, mut rest) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut candidates, mut rest) = (Vec::new(), Vec::new());
         for told in told {
             // Two messages of one order are handled one after the other.
             let handled = match &told.said {
@@ -174,19 +177,23 @@ impl Handler {
                 _ => None,
             };
             match handled {
-                Some((handling, emitted)) => {
-                    rows.push(row(&told.said, handling));
-                    messages.extend(emitted);
-                    candidates.push(told);
-                }
+                Some(handled) => candidates.push((told, handled)),
                 None => rest.push(told),
             }
+        }
+        // In the order of their ids, as everybody locks them.
+        candidates.sort_by_key(|(told, _)| told.said.order_id());
+        let (mut rows, mut messages, mut taken) = (Vec::new(), Vec::new(), Vec::with_capacity(candidates.len()));
+        for (told, (handling, emitted)) in candidates {
+            rows.push(row(&told.said, handling));
+            messages.extend(emitted);
+            taken.push(told);
         }
         if rows.is_empty() {
             return Ok((rest, Vec::new()));
         }
         let (moved, sent) = store::move_unchanged(connection, &rows, messages, at).await?;
-        for (told, row) in candidates.into_iter().zip(rows) {
+        for (told, row) in taken.into_iter().zip(rows) {
             if moved.contains(&row.order_id) {
                 count(row.handling.kind);
                 replies.extend(reply(&Asked::of(told.record, &told.said), row.handling.answer));
@@ -267,18 +274,22 @@ impl Handler {
         let mut ids: Vec<Uuid> = told.iter().map(|told| told.said.order_id()).collect();
         ids.sort_unstable();
         ids.dedup();
-        let mut orders = store::lock_orders(connection, &ids).await?;
-        self.create_missing(connection, told, &mut orders).await?;
-        // After the locks: what happened before us has an earlier time than we.
-        let at = now();
-        let causes: Vec<_> = told.iter().map(|told| (told.said.order_id(), told.said.cause())).collect();
-        let mut answers = store::answers(connection, &causes).await?;
+        let telling = self.lifecycles.telling_content();
+        let mut orders = store::lock_orders(connection, &ids, &telling).await?;
         let (mut blocked, known) = if again {
             (HashSet::new(), HashSet::new())
         } else {
             let records: Vec<_> = told.iter().map(|told| told.record).collect();
             (parked::blocked(connection, &ids).await?, parked::known(connection, &records).await?)
         };
+        let is_set_aside =
+            |place: usize, told: &Told<'_>| known.contains(&place) || blocked.contains(&told.said.order_id());
+        let free = told.iter().enumerate().filter(|(place, told)| !is_set_aside(*place, told)).map(|(_, told)| told);
+        self.create_missing(connection, free, &mut orders).await?;
+        // After the locks: what happened before us has an earlier time than we.
+        let at = now();
+        let causes: Vec<_> = told.iter().map(|told| (told.said.order_id(), told.said.cause())).collect();
+        let mut answers = store::answers(connection, &causes).await?;
         let found: HashMap<Uuid, i64> = orders.iter().map(|(id, locked)| (*id, locked.order.version)).collect();
         let (mut rows, mut messages, mut touched) = (Vec::new(), Vec::new(), HashSet::new());
         let mut outcome = Outcome::default();
@@ -337,10 +348,7 @@ impl Handler {
                 .collect();
             outcome.sent = store::write_handlings(connection, &rows, &changed, messages, at).await?;
         }
-        let touched: Vec<Uuid> = touched.into_iter().collect();
-        if !touched.is_empty() {
-            outcome.woke = parked::wake_early(connection, &touched, at).await? > 0;
-        }
+        outcome.touched = touched.into_iter().collect();
         Ok(outcome)
     }
 
@@ -370,10 +378,10 @@ impl Handler {
     }
 
     /// Makes the orders that messages which may do so are the first to tell of.
-    async fn create_missing(
+    async fn create_missing<'t>(
         &self,
         connection: &Connection,
-        told: &[Told<'_>],
+        told: impl Iterator<Item = &'t Told<'t>>,
         orders: &mut HashMap<Uuid, Locked>,
     ) -> Result<(), DbError> {
         let mut found: Vec<Found<'_>> = Vec::new();
@@ -402,7 +410,7 @@ impl Handler {
         found.sort_by_key(|found| found.order_id);
         store::create_orders(connection, &found, now()).await?;
         let ids: Vec<Uuid> = found.iter().map(|found| found.order_id).collect();
-        orders.extend(store::lock_orders(connection, &ids).await?);
+        orders.extend(store::lock_orders(connection, &ids, &[]).await?);
         Ok(())
     }
 }
@@ -444,6 +452,7 @@ fn park<'a>(
     let next = Some(at + retries.delay(1));
     let (kind, state, reason, next_attempt_at) = match trouble {
         Trouble::Early(reason) => (ParkedKind::Early, State::Waiting, reason, next),
+        Trouble::Failed(reason) if retries.retry_attempts <= 1 => (ParkedKind::Failed, State::Dead, reason, None),
         Trouble::Failed(reason) => (ParkedKind::Failed, State::Retrying, reason, next),
         Trouble::Hopeless(reason) => (ParkedKind::Unreadable, State::Dead, reason, None),
     };

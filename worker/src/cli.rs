@@ -7,27 +7,45 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use shared::{
     db::{self, Db},
-    lifecycle::{file, graph},
-    parked::{self, Details, Entry, Filter},
-    settings,
+    lifecycle::graph,
+    parked::{self, Details, Entry, Filter, Stuck},
 };
-use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::config::Config;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Messages that could not be handled: see them, have them tried again, give them up
-    #[command(subcommand)]
+    #[command(subcommand, after_help = PARKED_EXAMPLES)]
     Parked(Parked),
+    /// What does not get on by itself: orders, messages
+    Stuck {
+        #[command(flatten)]
+        output: Output,
+    },
     /// Lifecycles' files: check them, draw them
-    #[command(subcommand)]
+    #[command(subcommand, after_help = LIFECYCLE_EXAMPLES)]
     Lifecycle(Lifecycle),
 }
 
+const PARKED_EXAMPLES: &str = "\
+Settings come before the command: worker --postgres-dsn postgres://… parked list
+
+Examples:
+  worker parked list --state dead
+  worker parked show 17
+  worker parked redrive --topic payment-results
+  worker parked discard --id 17";
+
+const LIFECYCLE_EXAMPLES: &str = "\
+Examples:
+  worker lifecycle check my.toml
+  LIFECYCLES_DIR=. worker lifecycle graph my > my.mmd    # a Mermaid diagram: mermaid.live draws it";
+
 #[derive(Debug, Subcommand)]
 pub enum Parked {
-    /// List them, the oldest first; those that are done or discarded only by --state
+    /// List them, the oldest first; those that are done or discarded only by --state or --id
     List {
         #[command(flatten)]
         filter: Filter,
@@ -42,18 +60,20 @@ pub enum Parked {
     },
     /// Show one whole: body, headers, every attempt's error
     Show {
+        /// Its number in the list
         id: i64,
         #[command(flatten)]
         output: Output,
     },
-    /// Have dead ones tried again; those that wait behind them follow in their sequence
+    /// Have dead ones tried again, but for conflicts; those that wait behind them follow in their
+    /// sequence
     Redrive {
         #[command(flatten)]
         which: Which,
         #[command(flatten)]
         output: Output,
     },
-    /// Give some up; those that wait behind them go on
+    /// Give some up, dead or not; those that wait behind them go on
     Discard {
         #[command(flatten)]
         which: Which,
@@ -66,7 +86,7 @@ pub enum Parked {
 pub struct Which {
     #[command(flatten)]
     filter: Filter,
-    /// All of them
+    /// Every one there is, instead of some
     #[arg(long)]
     all: bool,
 }
@@ -81,9 +101,15 @@ pub struct Output {
 #[derive(Debug, Subcommand)]
 pub enum Lifecycle {
     /// Check a file; what is wrong is told by key, with a remedy
-    Check { file: PathBuf },
+    Check {
+        /// A TOML file
+        file: PathBuf,
+    },
     /// Draw a lifecycle as a Mermaid state diagram
-    Graph { name: String },
+    Graph {
+        /// Of the lifecycle: one of ours, or of LIFECYCLES_DIR
+        name: String,
+    },
 }
 
 /// Carries out one command.
@@ -92,7 +118,7 @@ pub enum Lifecycle {
 /// When what was asked for is not there, or the database is away.
 pub async fn run(config: Config, command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Lifecycle(Lifecycle::Check { file }) => check(&file),
+        Command::Lifecycle(Lifecycle::Check { file }) => check(&config, &file),
         Command::Lifecycle(Lifecycle::Graph { name }) => {
             let lifecycles = config.kafka.lifecycles()?;
             match lifecycles.find(&name) {
@@ -101,18 +127,24 @@ pub async fn run(config: Config, command: Command) -> anyhow::Result<()> {
             }
             Ok(())
         }
-        Command::Parked(command) => {
-            config.db.check()?;
-            let settings = std::sync::Arc::new(config.db.pool());
-            let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?;
-            of_parked(&Db { pool, settings }, command).await
+        Command::Parked(command) => of_parked(&database(&config)?, command).await,
+        Command::Stuck { output } => {
+            let stuck = parked::stuck(&database(&config)?, config.kafka.lifecycles()?).await?;
+            if output.json { json(&stuck) } else { tell_stuck(&stuck) }
         }
     }
 }
 
-fn check(path: &std::path::Path) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    let lifecycle = file::read(&path.display().to_string(), &text, &settings::variables())?;
+fn database(config: &Config) -> anyhow::Result<Db> {
+    config.db.check()?;
+    let settings = std::sync::Arc::new(config.db.pool());
+    let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?;
+    Ok(Db { pool, settings })
+}
+
+fn check(config: &Config, path: &std::path::Path) -> anyhow::Result<()> {
+    let lifecycles = config.kafka.lifecycles_with(path)?;
+    let lifecycle = lifecycles.first().with_context(|| format!("{} holds no lifecycle", path.display()))?;
     println!(
         "{} is sound: {} states, {} transitions, receives {}, sends {}",
         lifecycle.name,
@@ -150,11 +182,19 @@ async fn of_parked(db: &Db, command: Parked) -> anyhow::Result<()> {
             show(&details);
         }
         Parked::Redrive { which, output } => {
-            let count = parked::redrive(db, &which.filter()?).await?;
+            let filter = which.filter()?;
+            let count = parked::redrive(db, &filter).await?;
+            if let (0, Some(id)) = (count, filter.id) {
+                bail!("message {id} is not dead, is a conflict, or is not there; see worker parked show {id}");
+            }
             tell(count, "to be tried again", output)?;
         }
         Parked::Discard { which, output } => {
-            let count = parked::discard(db, &which.filter()?).await?;
+            let filter = which.filter()?;
+            let count = parked::discard(db, &filter).await?;
+            if let (0, Some(id)) = (count, filter.id) {
+                bail!("message {id} is done with, or is not there; see worker parked show {id}");
+            }
             tell(count, "discarded", output)?;
         }
     }
@@ -163,8 +203,10 @@ async fn of_parked(db: &Db, command: Parked) -> anyhow::Result<()> {
 
 impl Which {
     fn filter(self) -> anyhow::Result<Filter> {
-        if self.filter.is_empty() != self.all {
-            bail!("say which (--id, --order-id, --topic, --reason, --state, --kind), or --all");
+        match (self.filter.is_empty(), self.all) {
+            (true, false) => bail!("say which (--id, --order-id, --topic, --reason, --state, --kind), or --all"),
+            (false, true) => bail!("--all is every one there is: leave it out to mean only some"),
+            _ => {}
         }
         Ok(self.filter)
     }
@@ -189,13 +231,13 @@ fn table(entries: &[Entry]) {
     let mut rows = vec![head];
     for entry in entries {
         let mut reason: String = entry.reason.as_deref().unwrap_or_default().chars().take(WIDEST_REASON).collect();
-        reason = reason.replace(['\n', '\r', '\t'], " ");
+        reason = printable(&reason).replace(['\n', '\t'], " ");
         rows.push([
             entry.id.to_string(),
             entry.kind.clone(),
             entry.state.clone(),
             entry.attempts.to_string(),
-            entry.topic.clone(),
+            printable(&entry.topic),
             entry.order_id.map_or_else(|| "-".to_owned(), |id| id.to_string()),
             entry.next_attempt_at.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_else(|| "-".to_owned()),
             reason,
@@ -214,7 +256,7 @@ fn table(entries: &[Entry]) {
 
 fn show(details: &Details) {
     let Details { entry, key, headers, body, errors } = details;
-    let text = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    let text = |text: &Option<String>| text.as_deref().map_or_else(|| "-".to_owned(), printable);
     table(std::slice::from_ref(entry));
     println!("\nreason   {}", text(&entry.reason));
     let place = |number: Option<String>| number.unwrap_or_else(|| "-".to_owned());
@@ -230,6 +272,45 @@ fn show(details: &Details) {
     println!("errors");
     for error in errors.as_array().into_iter().flatten() {
         let field = |name: &str| error[name].as_str().unwrap_or_default().to_owned();
-        println!("  {}  {}", field("at"), field("error"));
+        println!("  {}  {}", field("at"), printable(&field("error")));
     }
+}
+
+/// Others wrote these: a terminal must not obey them.
+fn printable(text: &str) -> String {
+    let is_plain = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    text.chars().flat_map(|c| if is_plain(c) { vec![c] } else { c.escape_default().collect() }).collect()
+}
+
+fn tell_stuck(stuck: &Stuck) -> anyhow::Result<()> {
+    let Stuck { overdue, conflicts, unsent, blocked } = stuck;
+    let at = |time: &OffsetDateTime| time.format(&Rfc3339).unwrap_or_default();
+    for order in overdue {
+        println!(
+            "overdue   order {} ({}, {}): due {}",
+            order.order_id,
+            order.lifecycle,
+            order.status,
+            at(&order.due_at)
+        );
+    }
+    for message in conflicts {
+        println!("conflict  message {}: {}", message.id, printable(message.reason.as_deref().unwrap_or_default()));
+    }
+    for message in unsent {
+        let since = at(&message.created_at);
+        println!(
+            "unsent    order {} version {} to {}, since {since}",
+            message.order_id, message.version, message.topic
+        );
+    }
+    for order in blocked {
+        let reason = printable(order.reason.as_deref().unwrap_or_default());
+        let (id, waiting) = (order.parked_id, order.waiting);
+        println!("blocked   order {}: {waiting} behind dead message {id}: {reason}", order.order_id);
+    }
+    if overdue.is_empty() && conflicts.is_empty() && unsent.is_empty() && blocked.is_empty() {
+        println!("nothing is stuck");
+    }
+    Ok(())
 }

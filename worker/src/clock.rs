@@ -25,17 +25,22 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Most of those; beyond that they are only tried more often.
 const MAX_TROUBLED: usize = 1_000;
+/// How long one look may go on past orders that cannot be moved.
+const ROUND: Duration = Duration::from_secs(10);
 
 pub(crate) struct Clock {
     handler: Handler,
     settings: ClockSettings,
     /// Orders that could not be moved, and when they are looked at again.
     troubled: HashMap<Uuid, Instant>,
+    /// Where the last batch ended, while there is more: however many cannot be moved, the others
+    /// have their turn.
+    after: Option<(OffsetDateTime, Uuid)>,
 }
 
 impl Clock {
     pub(crate) fn new(handler: Handler, settings: ClockSettings) -> Self {
-        Self { handler, settings, troubled: HashMap::new() }
+        Self { handler, settings, troubled: HashMap::new(), after: None }
     }
 
     /// Moves what is due, at most a batch in each interval, until `stop`: after a time of standing
@@ -48,7 +53,7 @@ impl Clock {
             match self.run_once(now(), self.settings.scheduler_batch_size).await {
                 Ok(_) => backoff.reset(),
                 Err(error) => {
-                    tracing::warn!(error = format!("{:#}", anyhow::Error::from(error)), "the clock waits");
+                    tracing::warn!(error = error.chain(), "the clock waits");
                     next = next.max(Instant::now() + backoff.delay());
                 }
             }
@@ -62,21 +67,30 @@ impl Clock {
     ///
     /// # Errors
     /// When the database is away.
-    pub(crate) async fn run_once(&mut self, at: OffsetDateTime, limit: i64) -> Result<usize, DbError> {
-        let now = Instant::now();
-        self.troubled.retain(|_, until| *until > now);
-        let mut limit = limit;
+    pub(crate) async fn run_once(&mut self, at: OffsetDateTime, most: i64) -> Result<usize, DbError> {
+        let began = Instant::now();
+        self.troubled.retain(|_, until| *until > began);
+        let mut limit = most;
         loop {
             let mut claimed = Vec::new();
             match self.step(at, limit, &mut claimed).await {
+                // None of them could be moved: that must not cost the others their turn.
+                Ok(0) if self.after.is_some() && began.elapsed() < ROUND => {}
                 Ok(moved) => return Ok(moved),
                 // Fewer and fewer, until the one that the database refuses is alone.
                 Err(error) if error.fault() == Fault::Data && claimed.len() > 1 => {
                     limit = i64::try_from(claimed.len() / 2).unwrap_or(1).max(1);
                 }
                 Err(error) if error.fault() == Fault::Data && !claimed.is_empty() => {
-                    self.leave_alone(claimed[0], &format!("{:#}", anyhow::Error::from(error)));
-                    return Ok(0);
+                    self.leave_alone(claimed[0], &error.chain());
+                    if began.elapsed() > ROUND {
+                        return Ok(0);
+                    }
+                    limit = most;
+                }
+                // It may have been too much at once.
+                Err(error) if matches!(error, DbError::Lost(None)) && claimed.len() > 1 && began.elapsed() < ROUND => {
+                    limit = i64::try_from(claimed.len() / 2).unwrap_or(1).max(1);
                 }
                 Err(error) if error.fault() == Fault::Contention => {}
                 Err(error) => return Err(error),
@@ -90,14 +104,13 @@ impl Clock {
         let except: Vec<Uuid> = self.troubled.keys().copied().collect();
         let began = Instant::now();
         let mut refused: Vec<(Uuid, String)> = Vec::new();
+        let after_last = self.after;
         let work = async {
             // What another release knows how to move is that one's.
-            let lifecycles = handler.lifecycles.iter();
-            let timed: Vec<_> = lifecycles
-                .flat_map(|lifecycle| lifecycle.timeouts.iter().map(|t| (lifecycle.name.as_str(), t.state.as_str())))
-                .collect();
-            let due = store::lock_due(&connection, at, limit, &except, &timed).await?;
+            let due = store::lock_due(&connection, at, limit, after_last, &except, handler.lifecycles).await?;
             claimed.extend(due.keys());
+            let last = due.iter().filter_map(|(id, locked)| locked.order.due_at.map(|at| (at, *id))).max();
+            let last = last.filter(|_| i64::try_from(due.len()).is_ok_and(|count| count == limit));
             let (mut rows, mut messages, mut orders) = (Vec::new(), Vec::new(), Vec::<(Uuid, i64, Order)>::new());
             for (order_id, locked) in &due {
                 let order = &locked.order;
@@ -127,13 +140,15 @@ impl Clock {
             };
             let ids: Vec<Uuid> = orders.iter().map(|(id, ..)| *id).collect();
             let woke = !ids.is_empty() && store::parked::wake_early(&connection, &ids, at).await? > 0;
-            Ok((ids.len(), sent, woke))
+            Ok((ids.len(), sent, woke, last))
         };
-        let (moved, sent, woke) = connection.transaction(handler.db.settings.write_timeout, work).await?;
+        let (moved, sent, woke, last) = connection.transaction(handler.db.settings.write_timeout, work).await?;
         handler.outbox.publish(sent, began);
         if woke {
             handler.wake.notify_one();
         }
+        // From the beginning again, unless some of these are still there to be passed over.
+        self.after = last.filter(|_| !refused.is_empty() || after_last.is_some());
         for (order_id, reason) in refused {
             self.leave_alone(order_id, &reason);
         }

@@ -29,6 +29,7 @@ Examples:
   WORKER_PORT=off LOG_FORMAT=json worker
   worker parked list --state dead
   worker parked redrive --topic payment-results
+  worker stuck
   worker lifecycle check my.toml && LIFECYCLES_DIR=. worker lifecycle graph my";
 
 #[derive(Args, Clone, Debug)]
@@ -67,6 +68,7 @@ impl Config {
     /// Naming the setting or the file that is to be changed.
     pub fn check(&self) -> anyhow::Result<&'static Lifecycles> {
         self.db.check()?;
+        self.retries.check()?;
         self.kafka.check()?;
         self.kafka.lifecycles()
     }
@@ -91,7 +93,7 @@ pub struct ClockSettings {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Failures")]
 pub struct RetrySettings {
-    /// Attempts before a message is dead
+    /// Attempts in all before a message is dead
     #[arg(long, env = "RETRY_ATTEMPTS", value_name = "RETRY_ATTEMPTS", default_value = "8", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub retry_attempts: u32,
     /// Delay before the second attempt; each one is twice the last, and up to half of it is left to chance
@@ -105,6 +107,14 @@ pub struct RetrySettings {
 impl RetrySettings {
     /// How long to wait after so many attempts.
     pub(crate) fn delay(&self, attempts: u32) -> Duration {
-        Backoff::new(self.retry_delay, self.retry_delay_max.max(self.retry_delay)).after(attempts)
+        Backoff::new(self.retry_delay, self.retry_delay_max).after(attempts)
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        if self.retry_delay > self.retry_delay_max {
+            let (delay, max) = (self.retry_delay, self.retry_delay_max);
+            anyhow::bail!("RETRY_DELAY={delay:?} is more than RETRY_DELAY_MAX={max:?}");
+        }
+        Ok(())
     }
 }

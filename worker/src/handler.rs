@@ -133,7 +133,11 @@ fn content(
         payload: event.payload,
     };
     let (kind, status, trigger, worth, error) = match worth(&content) {
-        Ok(worth) => (Kind::Handled, AckStatus::Processed, Trigger::ContentHandled, Some(worth), None),
+        Ok(worth) => {
+            let is_new = event.kind == EventType::Created;
+            let trigger = if is_new { Trigger::CreateHandled } else { Trigger::ContentHandled };
+            (Kind::Handled, AckStatus::Processed, trigger, Some(worth), None)
+        }
         Err(violations) => {
             (Kind::Rejected, AckStatus::Rejected, Trigger::ContentRefused, None, Some(sentence(&violations)))
         }

@@ -120,7 +120,9 @@ async fn work(
     let clocks = (0..config.clock.scheduler_worker_count)
         .map(|_| Clock::new(handler.clone(), config.clock.clone()).run(leaving.clone()));
     let clocks = futures_util::future::join_all(clocks);
-    let parking = Parking { handler: handler.clone() }.run(leaving.clone());
+    let mut topics: Vec<String> = handler.lifecycles.received_topics().map(ToOwned::to_owned).collect();
+    topics.push(config.kafka.orders_events_topic.clone());
+    let parking = Parking { handler: handler.clone(), topics }.run(leaving.clone());
     let reading = consumer::run(handler.clone(), producer, &config.kafka, &config.worker.worker_group, leaving);
     let others = async { tokio::join!(clocks, parking) };
     tokio::pin!(reading, others);
@@ -193,7 +195,7 @@ async fn measure(db: &Db) {
                     metrics::gauge!("orderstream_parked_messages", &labels).set(*count as f64);
                 }
             }
-            Err(error) => tracing::debug!(error = format!("{:#}", anyhow::Error::from(error)), "counting"),
+            Err(error) => tracing::debug!(error = error.chain(), "counting"),
         }
         tokio::time::sleep(MEASURE_INTERVAL).await;
     }

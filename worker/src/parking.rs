@@ -31,19 +31,28 @@ const LIMIT: i64 = 256;
 const AT_ONCE: usize = 4;
 /// How often we look when nobody wakes us.
 const INTERVAL: Duration = Duration::from_millis(500);
+/// How often for those that wait behind none.
+const FORGOTTEN_INTERVAL: Duration = Duration::from_secs(15);
 
 /// Retries parked messages.
 #[derive(Clone)]
 pub(crate) struct Parking {
     pub handler: Handler,
+    /// Those that this worker reads.
+    pub topics: Vec<String>,
 }
 
 impl Parking {
     /// Tries what is due, round after round, until `stop`.
     pub(crate) async fn run(self, stop: CancellationToken) {
         let mut backoff = Backoff::RECONNECT;
+        let mut look_for_forgotten = Instant::now() + FORGOTTEN_INTERVAL;
         loop {
-            let pause = match self.run_once(now(), LIMIT).await {
+            if Instant::now() > look_for_forgotten {
+                look_for_forgotten = Instant::now() + FORGOTTEN_INTERVAL;
+                self.release_forgotten().await;
+            }
+            let pause = match self.run_once(now(), LIMIT, &stop).await {
                 Ok(tried) if tried > 0 => {
                     backoff.reset();
                     Duration::ZERO
@@ -53,7 +62,7 @@ impl Parking {
                     INTERVAL
                 }
                 Err(error) => {
-                    tracing::warn!(error = format!("{:#}", anyhow::Error::from(error)), "trying parked messages again");
+                    tracing::warn!(error = error.chain(), "trying parked messages again");
                     backoff.delay()
                 }
             };
@@ -64,16 +73,32 @@ impl Parking {
         }
     }
 
-    /// Tries the messages that are due at this time, at most so many. How many there were.
+    async fn release_forgotten(&self) {
+        let release = async {
+            let connection = self.handler.db.connection().await?;
+            let deadline = self.handler.db.settings.write_timeout;
+            connection.within(deadline, parked::release_forgotten(&connection)).await
+        };
+        match release.await {
+            Ok(0) => {}
+            Ok(released) => tracing::warn!(released, "parked messages waited behind none; trying them"),
+            Err(error) => tracing::debug!(error = error.chain(), "looking for forgotten messages"),
+        }
+    }
+
+    /// Tries the messages that are due at this time, at most so many, none any more after `stop`.
+    /// How many there were.
     ///
     /// # Errors
     /// When the database is away.
-    pub(crate) async fn run_once(&self, at: OffsetDateTime, limit: i64) -> Result<usize, DbError> {
+    async fn run_once(&self, at: OffsetDateTime, limit: i64, stop: &CancellationToken) -> Result<usize, DbError> {
         let due = {
             let connection = self.handler.db.connection().await?;
-            connection.within(self.handler.db.settings.query_timeout, parked::due(&connection, at, limit)).await?
+            let due = parked::due(&connection, at, limit, &self.topics);
+            connection.within(self.handler.db.settings.query_timeout, due).await?
         };
         let count = due.len();
+        let due = due.into_iter().take_while(|_| !stop.is_cancelled());
         let mut tries = stream::iter(due).map(|id| self.try_again(id, at)).buffer_unordered(AT_ONCE);
         let mut result = Ok(count);
         while let Some(tried) = tries.next().await {
@@ -99,7 +124,7 @@ impl Parking {
             }
             // Its own fault again; whatever it had begun is undone.
             Err(error) if error.fault() == Fault::Data => {
-                let error = format!("{:#}", anyhow::Error::from(error));
+                let error = error.chain();
                 connection.transaction(deadline, self.note_failure(&connection, id, at, error)).await
             }
             // Somebody has its order; the others need not wait for that.
@@ -128,7 +153,7 @@ impl Parking {
         let read = || message.record.read(self.handler.lifecycles).ok().map(|said| said.order_id());
         let order_id = message.order_id.or_else(read);
         if let Some(order_id) = order_id {
-            store::lock_orders(connection, &[order_id]).await?;
+            store::lock_orders(connection, &[order_id], &[]).await?;
         }
         let locked = parked::lock_due(connection, id, at).await?;
         Ok(locked.map(|message| Parked { order_id: message.order_id.or(order_id), ..message }))
@@ -156,7 +181,8 @@ impl Parking {
             }
         };
         let told = [Told { record: &message.record, said }];
-        let outcome = self.handler.under_locks(connection, &told, true).await?;
+        let mut outcome = self.handler.under_locks(connection, &told, true).await?;
+        outcome.woke = parked::wake_early(connection, &outcome.touched, at).await? > 0;
         let (verdict, is_answered) = match outcome.parks.first() {
             Some(park) => {
                 // Early, and there is an order that may still come to where this moves it.
@@ -184,7 +210,7 @@ impl Parking {
     ) -> Result<bool, DbError> {
         let retries = &self.handler.retries;
         let attempts = message.attempts.saturating_add(1);
-        let next = Some(at + retries.delay(attempts.saturating_add(1)));
+        let next = Some(at + retries.delay(attempts));
         let (kind, state, error, next_attempt_at) = match verdict {
             Verdict::Done => (message.kind, State::Done, None, None),
             Verdict::Again { kind, reason, is_hopeless } => {
@@ -222,7 +248,7 @@ impl Parking {
 
     async fn has_order(&self, connection: &Connection, order_id: Option<Uuid>) -> Result<bool, DbError> {
         let Some(order_id) = order_id else { return Ok(false) };
-        Ok(!store::lock_orders(connection, &[order_id]).await?.is_empty())
+        Ok(!store::lock_orders(connection, &[order_id], &[]).await?.is_empty())
     }
 
     async fn note_failure(

@@ -3,6 +3,7 @@
 use serde_json::Value;
 use shared::{
     lifecycle::{Lifecycle, Receive},
+    message::Headers,
     order::{MAX_ID, order_id_of},
 };
 use uuid::Uuid;
@@ -23,11 +24,17 @@ pub(crate) struct Received {
     pub creates: bool,
 }
 
-/// Reads a body.
+/// Reads a body. Where it has no id of the message, the headers may have one (CloudEvents, by
+/// source and id).
 ///
 /// # Errors
 /// When it is not what the lifecycle's file says: what is missing or wrong, and where.
-pub(crate) fn read(lifecycle: &'static Lifecycle, receive: &Receive, body: &[u8]) -> Result<Received, String> {
+pub(crate) fn read(
+    lifecycle: &'static Lifecycle,
+    receive: &Receive,
+    headers: &Headers,
+    body: &[u8],
+) -> Result<Received, String> {
     let body: Value = serde_json::from_slice(body).map_err(|error| format!("not JSON: {error}"))?;
     let order_text = id(&body, &receive.order_id)?.ok_or_else(|| format!("{} is missing", receive.order_id))?;
     let value = body.pointer(&receive.trigger).and_then(plain);
@@ -37,9 +44,15 @@ pub(crate) fn read(lifecycle: &'static Lifecycle, receive: &Receive, body: &[u8]
         return Err(format!("{} is {value:?}, and none of {known}", receive.trigger));
     };
     let optional = |pointer: &Option<String>| pointer.as_ref().map_or(Ok(None), |pointer| id(&body, pointer));
-    let own_id = optional(&receive.message_id)?;
-    // Equal content is the same message, however it is spaced: maps are sorted in `Value`.
-    let id = own_id.unwrap_or_else(|| Uuid::new_v5(&Uuid::NAMESPACE_OID, body.to_string().as_bytes()).to_string());
+    let id = match (optional(&receive.message_id)?, headers.get("ce_id")) {
+        (Some(id), _) => id,
+        (None, Some(id)) => {
+            let source = headers.get("ce_source").unwrap_or_default();
+            Uuid::new_v5(&Uuid::NAMESPACE_OID, &[source, b"\n", id].concat()).to_string()
+        }
+        // Equal content is the same message, however it is spaced: maps are sorted in `Value`.
+        (None, None) => Uuid::new_v5(&Uuid::NAMESPACE_OID, body.to_string().as_bytes()).to_string(),
+    };
     let reason = receive.reason.as_ref().and_then(|pointer| body.pointer(pointer)).and_then(plain);
     Ok(Received {
         order_id: order_id_of(&order_text),
@@ -86,7 +99,7 @@ mod tests {
 
     fn of(topic: &str, body: &str) -> Result<Received, String> {
         let (lifecycle, receive) = Lifecycles::embedded().unwrap().received(topic).unwrap();
-        read(lifecycle, receive, body.as_bytes())
+        read(lifecycle, receive, &Headers::NONE, body.as_bytes())
     }
 
     #[test]
@@ -112,6 +125,19 @@ mod tests {
     }
 
     #[test]
+    fn a_message_with_an_id_of_its_own_is_not_told_by_its_content() {
+        let (lifecycle, receive) = Lifecycles::embedded().unwrap().received("payment-results").unwrap();
+        let cause = |id: &str| {
+            let mut headers = Headers::default();
+            headers.push("ce_source", "/payments");
+            headers.push("ce_id", id);
+            read(lifecycle, receive, &headers, br#"{"order_id":"a","status":"success"}"#).unwrap().cause
+        };
+        assert_eq!(cause("1"), cause("1"));
+        assert_ne!(cause("1"), cause("2"));
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_its_place() {
         for (body, part) in [
             ("{", "not JSON"),
@@ -131,7 +157,7 @@ mod tests {
         fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..60)) {
             for topic in Lifecycles::embedded().unwrap().received_topics() {
                 let (lifecycle, receive) = Lifecycles::embedded().unwrap().received(topic).unwrap();
-                let _ = read(lifecycle, receive, &body);
+                let _ = read(lifecycle, receive, &Headers::NONE, &body);
             }
         }
     }

@@ -78,7 +78,7 @@ impl Record {
         }
         let body = self.body.as_deref().ok_or("the record has no body")?;
         match lifecycles.received(&self.topic) {
-            Some((lifecycle, receive)) => received::read(lifecycle, receive, body).map(Said::Received),
+            Some((lifecycle, receive)) => received::read(lifecycle, receive, self.headers(), body).map(Said::Received),
             None => event(body).map(Said::Event),
         }
     }

@@ -1,7 +1,7 @@
 //! For operators, on a listener of its own: what is parked and what is stuck, and what to do about
 //! it (DESIGN 6.4). On loopback it is open; elsewhere each request carries `ADMIN_TOKEN`.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Router,
@@ -14,6 +14,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use shared::{
     db::Db,
+    lifecycle::Lifecycles,
     order::Violation,
     parked::{self, Entry, Filter},
 };
@@ -21,13 +22,12 @@ use shared::{
 use super::reads::json;
 use crate::error::Problem;
 
-/// What should have moved after so long is stuck.
-const PATIENCE: Duration = Duration::from_secs(60);
 const DEFAULT_LIMIT: i64 = 100;
 
 #[derive(Clone)]
 pub(crate) struct Admin {
     pub db: Db,
+    pub lifecycles: &'static Lifecycles,
     /// Asked for in `Authorization: Bearer …`.
     pub token: Option<Arc<str>>,
 }
@@ -145,7 +145,7 @@ async fn one(admin: &Admin, filter: &Filter, count: u64, otherwise: &'static str
 }
 
 async fn stuck(State(admin): State<Admin>) -> Result<Response, Problem> {
-    Ok(json(&parked::stuck(&admin.db, PATIENCE).await?).into_response())
+    Ok(json(&parked::stuck(&admin.db, admin.lifecycles).await?).into_response())
 }
 
 fn number(id: &str) -> Result<i64, Problem> {

@@ -38,7 +38,12 @@ pub(super) async fn set(
     let (parts, body) = request.into_parts();
     check_content_type(&parts.headers)?;
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
-    let NewStatus { status } = serde_json::from_slice(&body.bytes).map_err(|error| {
+    let is_list = body.bytes.trim_ascii_start().starts_with(b"[");
+    let status = serde_json::from_slice(&body.bytes).and_then(|NewStatus { status }| {
+        // serde reads a struct from a list, too.
+        if is_list { Err(serde::de::Error::custom("a list is none")) } else { Ok(status) }
+    });
+    let status = status.map_err(|error| {
         if error.is_data() {
             let reason = format!("must be {{\"status\": \"…\"}}: {error}");
             Problem::Invalid(vec![Violation::new("", reason)])

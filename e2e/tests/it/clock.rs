@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
-use test_support::{Api, Method, System, Worker, alone, wait_for};
+use test_support::{Api, Method, System, Worker, alone, beside_others, wait_for};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -98,6 +98,64 @@ async fn three_workers_move_100_000_due_orders_once_per_step_though_one_is_kille
     assert_eq!(count(wrong).await, 0);
 }
 
+/// Of a time that cannot be told to others where the amount is not whole.
+const ROUND: &str = r#"
+name = "round"
+initial = "open"
+
+[states]
+open = {}
+over = { terminal = true }
+
+[[transitions]]
+from = ["open"]
+to = "over"
+on = ["time is up"]
+
+[[timeouts]]
+in = "open"
+after = "1h"
+trigger = "time is up"
+
+[[emits]]
+entering = "over"
+topic = "${ROUND_TOPIC}"
+body = { whole = "{amount:whole}" }
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_thousand_orders_that_cannot_be_moved_cost_the_others_nothing_but_a_look() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let folder = Folder::with("round.toml", ROUND);
+    let topic = format!("{}.round", system.events());
+    let settings = system.settings().with(&[
+        ("LIFECYCLES_DIR", &folder.path()),
+        ("ROUND_TOPIC", &topic),
+        ("SCHEDULER_INTERVAL", "100ms"),
+        ("SCHEDULER_BATCH_SIZE", "100"),
+    ]);
+    drop(Worker::start(&settings.clone().with(&[("SCHEDULER_WORKER_COUNT", "0")])).await);
+    for (count, amount, age) in [(2_000, "59.98", "2 hours"), (5, "60", "1 hour")] {
+        let fill = format!(
+            "insert into orders (order_id, user_id, lifecycle, status, version, content_version, amount, currency,
+                due_at, created_at, updated_at)
+             select gen_random_uuid(), 'user', 'round', 'open', 1, 1, {amount}, 'USD', now() - interval '{age}',
+                now(), now()
+             from generate_series(1, {count})"
+        );
+        system.db.execute(&fill).await;
+    }
+    let _worker = Worker::start(&settings).await;
+    wait_for("the five behind them to be moved", Duration::from_secs(60), || async {
+        match system.db.number("select count(*) from orders where status = 'over'", &[]).await {
+            5 => Ok(()),
+            n => Err(format!("{n} moved")),
+        }
+    })
+    .await;
+}
+
 /// Everybody wants it, and one gets it: nineteen states to choose from, and the clock's.
 fn prize() -> String {
     let names: Vec<String> = (0..18).map(|n| format!("won{n}")).collect();
@@ -170,4 +228,5 @@ async fn of_two_clocks_and_eighteen_clients_exactly_one_moves_an_order() {
         if is_clocks { by_clock += 1 } else { by_client += 1 }
     }
     println!("the clock won {by_clock} times, a client {by_client} times");
+    assert!(by_clock > 0 && by_client > 0, "there was no race: the clock won {by_clock} times, a client {by_client}");
 }

@@ -52,6 +52,10 @@ async fn parked_messages_are_listed_shown_redriven_and_discarded_on_the_command_
         if parked[0]["state"] == "dead" && parked[0]["attempts"] == 1 { Ok(()) } else { Err(format!("{parked:?}")) }
     })
     .await;
+    let (code, said) = of(&["parked", "discard", "--id", "999999"]).await;
+    assert!(code == Some(1) && said.contains("message 999999 is done with, or is not there"), "{said}");
+    let (code, said) = of(&["stuck"]).await;
+    assert_eq!((code, said.trim()), (Some(0), "nothing is stuck"));
     let (code, said) = of(&["parked", "discard", "--all"]).await;
     assert_eq!((code, said.trim()), (Some(0), "2 discarded"));
     assert!(listed(&[]).await.is_empty());
@@ -77,6 +81,12 @@ async fn lifecycles_are_checked_and_drawn_on_the_command_line() {
     let file = format!("{}/retail.toml", folder.path());
     let (code, said) = run_to_end("worker", &["lifecycle", "check", &file], &settings).await;
     assert!(code == Some(1) && said.contains("transitions[1].to") && said.contains("declare it"), "{said}");
+    // Sound by itself, and in the way of another.
+    let clash = include_str!("../../../lifecycles/payment.toml").replace("name = \"payment\"", "name = \"pay\"");
+    let folder = Folder::with("pay.toml", &clash);
+    let file = format!("{}/pay.toml", folder.path());
+    let (code, said) = run_to_end("worker", &["lifecycle", "check", &file], &settings).await;
+    assert!(code == Some(1) && said.contains("payment-results is received by pay already"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,6 +154,7 @@ async fn bad_requests_of_operators_and_movers_are_named() {
         (Method::PUT, format!("/orders/{order_id}/status"), "{", 400),
         (Method::PUT, format!("/orders/{order_id}/status"), "{}", 422),
         (Method::PUT, format!("/orders/{order_id}/status"), r#"{"status":7}"#, 422),
+        (Method::PUT, format!("/orders/{order_id}/status"), r#"["processing"]"#, 422),
         (Method::PUT, format!("/orders/{order_id}/status"), r#"{"status":"done","by":"me"}"#, 422),
         (Method::PUT, format!("/orders/{order_id}/status"), r#"{"status":"deleted"}"#, 422),
         (Method::PUT, format!("/orders/{order_id}/status"), r#"{"status":"\u0000"}"#, 422),

@@ -257,6 +257,8 @@ async fn what_is_discarded_stays_so_and_lets_the_next_one_pass() {
     .await;
     let listed = admin(&api, Method::GET, "/admin/parked?state=discarded").await;
     assert_eq!(listed["parked"].as_array().map(Vec::len), Some(1));
+    let history = api.http().history(&ids[0]).await;
+    assert!(history.iter().any(|row| row["event"] == "discarded" && row["ignored"] == true), "{history:?}");
     drop(worker);
 }
 
@@ -362,4 +364,99 @@ async fn what_nobody_could_read_takes_its_place_once_it_can_be_read_and_is_redri
     swing.handled_become(2, Duration::from_secs(30)).await;
     assert_eq!(swing.sequences().await[&order_id], [0, 1]);
     assert_eq!(count_parked(&swing, "state <> 'done'").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_behind_none_is_not_forgotten() {
+    let _turn = beside_others().await;
+    let swing = Swing::new(&[("RETRY_ATTEMPTS", "1")]).await;
+    let (api, _worker) = (Api::start(&swing.settings).await, Worker::start(&swing.settings).await);
+    let order_id = swing.orders(api.http(), 1).await.remove(0);
+    swing.refuse("true").await;
+    let messages = vec![Swing::message(&order_id, 0), Swing::message(&order_id, 2)];
+    swing.system.kafka.produce_all(&swing.topic, messages).await;
+    eventually("one dead and one behind it", || async {
+        let states = (count_parked(&swing, "state = 'dead'").await, count_parked(&swing, "state = 'waiting'").await);
+        if states == (1, 1) { Ok(()) } else { Err(format!("{states:?}")) }
+    })
+    .await;
+    swing.refuse_nothing().await;
+    // Taken away by other hands: nobody lets the next one go.
+    swing.system.db.execute("update parked_messages set state = 'done' where state = 'dead'").await;
+    swing.handled_become(1, Duration::from_secs(60)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_too_early_follows_at_once_even_from_the_same_batch() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let topic = format!("{}.update", system.events());
+    let settings = system.settings().with(&[
+        ("DEFAULT_LIFECYCLE", "shipment"),
+        ("ORDER_STATE_UPDATE_TOPIC", &topic),
+        ("RETRY_DELAY", "1h"),
+        ("RETRY_DELAY_MAX", "1h"),
+    ]);
+    let (api, worker) = (Api::start(&settings).await, Worker::start(&settings).await);
+    let order_id = api.http().post_order(&json!({ "user_id": "user" })).await.expect_status(201).text("order_id");
+    worker.sigterm();
+    worker.exit_within(Duration::from_secs(20)).await;
+    let messages = ["PackageArrivedAtPickupStore", "ShipmentStarted", "PaymentCompleted"]
+        .map(|event| Record::new(&order_id, json!({ "eventType": event, "orderId": order_id }).to_string()));
+    system.kafka.produce_all(&topic, messages.to_vec()).await;
+    let _worker = Worker::start(&settings).await;
+    eventually("all three to be handled", || async {
+        let order = api.http().get_order(&order_id).await;
+        if order["status"] == "WaitPickup" { Ok(()) } else { Err(order.to_string()) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_does_not_know_a_topic_leaves_its_messages_to_one_that_does() {
+    let _turn = beside_others().await;
+    let swing = Swing::new(&[("RETRY_ATTEMPTS", "1")]).await;
+    let api = Api::start(&swing.settings).await;
+    let worker = Worker::start(&swing.settings).await;
+    let order_id = swing.orders(api.http(), 1).await.remove(0);
+    swing.refuse("true").await;
+    swing.system.kafka.produce(&swing.topic, Swing::message(&order_id, 0)).await;
+    eventually("it to be dead", || async {
+        match count_parked(&swing, "state = 'dead'").await {
+            1 => Ok(()),
+            n => Err(format!("{n}")),
+        }
+    })
+    .await;
+    worker.sigterm();
+    worker.exit_within(Duration::from_secs(20)).await;
+    swing.refuse_nothing().await;
+    let empty = Folder::with("none.txt", "");
+    let other = [("LIFECYCLES_DIR", empty.path()), ("DEFAULT_LIFECYCLE", "marketplace".to_owned())];
+    let other = swing.settings.clone().with(&other.each_ref().map(|(key, value)| (*key, value.as_str())));
+    let other = Worker::start(&other).await;
+    // One of its own beside it, so that we see it look: dead before, and dead again.
+    let garbage = Record::new("key", "garbage");
+    swing.system.kafka.produce(swing.system.events(), garbage).await;
+    let tried = "kind = 'unreadable' and state = 'dead' and jsonb_array_length(errors)";
+    eventually("the other to be parked", || async {
+        match count_parked(&swing, &format!("{tried} = 1")).await {
+            1 => Ok(()),
+            n => Err(format!("{n}")),
+        }
+    })
+    .await;
+    let path = "/admin/parked/redrive?state=dead";
+    assert_eq!(admin(&api, Method::POST, path).await["count"], 2);
+    eventually("its own to be tried again", || async {
+        match count_parked(&swing, &format!("{tried} = 2")).await {
+            1 => Ok(()),
+            n => Err(format!("{n}")),
+        }
+    })
+    .await;
+    assert_eq!(count_parked(&swing, "kind = 'failed' and state = 'retrying'").await, 1);
+    drop(other);
+    let _worker = Worker::start(&swing.settings).await;
+    swing.handled_become(1, Duration::from_secs(30)).await;
 }

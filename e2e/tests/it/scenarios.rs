@@ -138,12 +138,11 @@ fn own_amount(n: usize) -> String {
     format!("{}.{:02}", (n + 1) / 100, (n + 1) % 100)
 }
 
-/// Printed as a JSON number with exactly these digits.
+/// A JSON number of this worth; `features.rs` looks at the very digits.
 #[track_caller]
 pub(crate) fn assert_amount(body: &Value, digits: &str) {
     assert!(body["amount"].is_number(), "no number amount in {body}");
     let printed = body["amount"].to_string();
-    // serde_json parses into a float here, which drops trailing zeros.
     let expected: f64 = digits.parse().expect("digits");
     assert_eq!(printed.parse::<f64>().ok(), Some(expected), "{body}");
 }

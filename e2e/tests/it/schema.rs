@@ -33,3 +33,27 @@ async fn a_schema_that_other_hands_have_migrated_is_refused() {
         assert!(said.contains("migrated by other hands") && said.contains("V1__orders"), "{binary} said: {said}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_of_parked_messages_with_every_batch_is_found_by_an_index() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    drop(system.api().await);
+    let open = "kind = 'failed' and state in ('waiting', 'retrying', 'dead')";
+    let early = "kind = 'early' and state in ('waiting', 'dead')";
+    let done = "insert into parked_messages (order_id, topic, headers, state, kind)
+        select gen_random_uuid(), 'a topic', '[]', 'done', 'failed' from generate_series(1, 20000);
+        analyze parked_messages";
+    system.db.execute(done).await;
+    for (asked, index) in [
+        ("order_id = '00000000-0000-0000-0000-000000000001' and state <> 'done'".to_owned(), "parked_open"),
+        (format!("order_id = '00000000-0000-0000-0000-000000000001' and {open}"), "parked_blocking"),
+        (format!("order_id = '00000000-0000-0000-0000-000000000001' and {early}"), "parked_early"),
+        ("next_attempt_at <= now() and state in ('waiting', 'retrying')".to_owned(), "parked_due"),
+        ("id > 0 and id > 7 and state not in ('done', 'discarded') and kind = 'early'".to_owned(), "parked_listed"),
+    ] {
+        let explain = format!("explain select 1 from parked_messages where {asked}");
+        let plan = system.db.lines(&explain, &[]).await.join("\n");
+        assert!(plan.contains(index), "{asked}: {plan}");
+    }
+}

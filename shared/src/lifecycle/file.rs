@@ -197,7 +197,12 @@ impl Check<'_> {
                 .collect(),
             transitions: self.transitions(raw),
             timeouts: self.timeouts(raw),
-            receives: raw.receives.iter().enumerate().map(|(index, raw)| self.receive(index, raw)).collect(),
+            receives: raw
+                .receives
+                .iter()
+                .enumerate()
+                .map(|(index, receive)| self.receive(index, receive, raw))
+                .collect(),
             emits: raw.emits.iter().enumerate().filter_map(|(index, raw)| self.emit(index, raw)).collect(),
         };
         self.reach(raw, &lifecycle);
@@ -380,7 +385,7 @@ impl Check<'_> {
         timeouts
     }
 
-    fn receive(&mut self, index: usize, raw: &RawReceive) -> Receive {
+    fn receive(&mut self, index: usize, raw: &RawReceive, file: &File) -> Receive {
         let key = format!("receives[{index}]");
         let topic = self.topic(&format!("{key}.topic"), &raw.topic);
         let places = [
@@ -407,6 +412,14 @@ impl Check<'_> {
             );
         }
         for trigger in &raw.creates_on {
+            let leaves = |way: &RawTransition| way.from.contains(&file.initial) && way.on.contains(trigger);
+            if !file.transitions.iter().any(leaves) {
+                self.flaw(
+                    format!("{key}.creates_on"),
+                    format!("\"{trigger}\" does not leave {}, where the order would begin", file.initial),
+                    format!("add a transition: from = [\"{}\"], on = [\"{trigger}\"]", file.initial),
+                );
+            }
             if !raw.triggers.values().any(|fired| fired == trigger) {
                 self.flaw(
                     format!("{key}.creates_on"),
@@ -444,7 +457,11 @@ impl Check<'_> {
             Template::read(value)
                 .map_err(|(place, problem)| {
                     let dot = if place.is_empty() || place.starts_with('[') { "" } else { "." };
-                    self.flaw(format!("{key}.{name}{dot}{place}"), problem, "use one of those, or text without braces");
+                    self.flaw(
+                        format!("{key}.{name}{dot}{place}"),
+                        problem,
+                        "use one of those alone, or text without braces",
+                    );
                 })
                 .ok()
         };

@@ -31,26 +31,31 @@ impl Lifecycles {
     /// # Errors
     /// All that is wrong with the first file that is, by file, key and remedy.
     pub fn load(folder: Option<&Path>, own_topics: &[&str], variables: Variables<'_>) -> anyhow::Result<&'static Self> {
-        let mut files: HashMap<String, String> = HashMap::new();
-        let mut all: Vec<Lifecycle> = Vec::new();
-        for (name, text) in given(folder)? {
-            let lifecycle = file::read(&name, &text, variables)?;
-            if let Some(other) = files.insert(lifecycle.name.clone(), name.clone()) {
-                let problem = format!("\"{}\" is the name of {other} too", lifecycle.name);
-                return Err(bad(&name, "name", &problem, "give each lifecycle a name of its own").into());
-            }
-            all.push(lifecycle);
-        }
-        for (name, text) in EMBEDDED {
-            let lifecycle = file::read(name, text, variables)?;
-            if !files.contains_key(&lifecycle.name) {
-                files.insert(lifecycle.name.clone(), (*name).to_owned());
-                all.push(lifecycle);
-            }
-        }
+        let mut all = assemble(given(folder)?, own_topics, variables)?;
         all.sort_by(|a, b| a.name.cmp(&b.name));
-        check_topics(&all, &files, own_topics)?;
         Ok(Box::leak(Box::new(Self { all })))
+    }
+
+    /// The lifecycle of one file, first, and all others that there would be if it lay in the
+    /// folder, in the place of one of its name.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn with(
+        file: &Path,
+        folder: Option<&Path>,
+        own_topics: &[&str],
+        variables: Variables<'_>,
+    ) -> anyhow::Result<Vec<Lifecycle>> {
+        let name = file.display().to_string();
+        let text = std::fs::read_to_string(file).with_context(|| name.clone())?;
+        let lifecycle = file::read(&name, &text, variables)?;
+        let mut files = given(folder)?;
+        files.retain(|(name, text)| {
+            file::read(name, text, variables).map_or(true, |other| other.name != lifecycle.name)
+        });
+        files.insert(0, (name, text));
+        assemble(files, own_topics, variables)
     }
 
     /// The release's own, with the topics and times of their files.
@@ -93,11 +98,57 @@ impl Lifecycles {
         topics
     }
 
+    /// Where the clock moves orders: each "lifecycle state".
+    #[must_use]
+    pub fn timed(&self) -> Vec<String> {
+        let of = |lifecycle: &Lifecycle| {
+            let states = lifecycle.timeouts.iter().filter(|timeout| timeout.after.is_some());
+            states.map(|timeout| format!("{} {}", lifecycle.name, timeout.state)).collect::<Vec<_>>()
+        };
+        self.all.iter().flat_map(of).collect()
+    }
+
+    /// Lifecycles whose messages tell what was ordered: for others nobody need read that.
+    #[must_use]
+    pub fn telling_content(&self) -> Vec<&str> {
+        let tells = |lifecycle: &&Lifecycle| {
+            lifecycle.emits.iter().any(|emit| emit.key.tells_content() || emit.body.tells_content())
+        };
+        self.all.iter().filter(tells).map(|lifecycle| lifecycle.name.as_str()).collect()
+    }
+
     /// Names of all lifecycles, for messages.
     #[must_use]
     pub fn names(&self) -> String {
         self.all.iter().map(|lifecycle| lifecycle.name.as_str()).collect::<Vec<_>>().join(", ")
     }
+}
+
+/// The lifecycles of these files, and those of the release whose names they do not take.
+fn assemble(
+    given: Vec<(String, String)>,
+    own_topics: &[&str],
+    variables: Variables<'_>,
+) -> anyhow::Result<Vec<Lifecycle>> {
+    let mut files: HashMap<String, String> = HashMap::new();
+    let mut all: Vec<Lifecycle> = Vec::new();
+    for (name, text) in given {
+        let lifecycle = file::read(&name, &text, variables)?;
+        if let Some(other) = files.insert(lifecycle.name.clone(), name.clone()) {
+            let problem = format!("\"{}\" is the name of {other} too", lifecycle.name);
+            return Err(bad(&name, "name", &problem, "give each lifecycle a name of its own").into());
+        }
+        all.push(lifecycle);
+    }
+    for (name, text) in EMBEDDED {
+        let lifecycle = file::read(name, text, variables)?;
+        if !files.contains_key(&lifecycle.name) {
+            files.insert(lifecycle.name.clone(), (*name).to_owned());
+            all.push(lifecycle);
+        }
+    }
+    check_topics(&all, &files, own_topics)?;
+    Ok(all)
 }
 
 /// Files of a folder, by name.

@@ -97,7 +97,10 @@ impl Template {
         match value {
             toml::Value::String(text) => match text.strip_prefix('{').and_then(|text| text.strip_suffix('}')) {
                 Some(name) => Field::read(name, in_item).map(Self::Field).map_err(|problem| (String::new(), problem)),
-                None => Ok(Self::Literal(json_text(text))),
+                None => match placeholder_within(text, in_item) {
+                    Some(name) => Err((String::new(), format!("{{{name}}} stands within other text"))),
+                    None => Ok(Self::Literal(json_text(text))),
+                },
             },
             toml::Value::Integer(number) => Ok(Self::Literal(number.to_string())),
             toml::Value::Float(number) if number.is_finite() => Ok(Self::Literal(number.to_string())),
@@ -151,6 +154,18 @@ impl Template {
     pub fn text(&self, subject: &Subject<'_>) -> Result<String, String> {
         let json = self.json(subject)?;
         Ok(serde_json::from_str::<String>(&json).unwrap_or(json))
+    }
+
+    /// Does it tell what was ordered, or what that comes to?
+    #[must_use]
+    pub fn tells_content(&self) -> bool {
+        match self {
+            Self::Literal(_) => false,
+            Self::Field(field) => matches!(field.name, "amount" | "items" | "payload"),
+            Self::Object(fields) => fields.iter().any(|(_, value)| value.tells_content()),
+            Self::Array(values) => values.iter().any(Self::tells_content),
+            Self::EachItem(_) => true,
+        }
     }
 
     fn needs_items(&self) -> bool {
@@ -208,6 +223,12 @@ impl Template {
         }
         Ok(())
     }
+}
+
+/// The first placeholder in a text that is more than that: it would be sent as it stands.
+fn placeholder_within(text: &str, in_item: bool) -> Option<&str> {
+    let names = text.split('{').skip(1).filter_map(|rest| rest.split_once('}').map(|(name, _)| name));
+    names.into_iter().find(|name| Field::read(name, in_item).is_ok())
 }
 
 impl Field {

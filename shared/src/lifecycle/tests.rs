@@ -71,12 +71,12 @@ fn others_are_told_of_content_when_it_is_handled_and_of_states_when_they_are_ent
     let topics = |name, state, trigger| -> Vec<String> {
         step(find(name), state, trigger).unwrap().emits.iter().map(|emit| emit.topic.clone()).collect()
     };
-    assert_eq!(topics("payment", "PENDING", Trigger::ContentHandled), ["pay-order"]);
+    assert_eq!(topics("payment", "PENDING", Trigger::CreateHandled), ["pay-order"]);
     assert!(topics("payment", "PENDING", Trigger::ContentRefused).is_empty());
     assert!(topics("payment", "PENDING", Trigger::Fired("paid")).is_empty());
     assert_eq!(topics("stock-saga", "PENDING", Trigger::Fired("stock_reserved")), ["order_confirmed_exchange"]);
     assert_eq!(topics("shipment", "Created", Trigger::Fired("PaymentCompleted")), ["order.state.changed"]);
-    assert!(topics("shipment", "Created", Trigger::ContentHandled).is_empty());
+    assert!(topics("shipment", "Created", Trigger::CreateHandled).is_empty());
     assert!(topics("shipment", "Created", Trigger::Deleted).is_empty());
 }
 
@@ -162,9 +162,15 @@ fn each_flaw_of_a_file_is_named_with_its_key_and_a_remedy() {
         (("order_id = \"/id\"", "order_id = \"id\""), "receives[0].order_id", "begin with a slash"),
         (("yes = \"granted\"", "yes = \"granted\", no = \"refused\""), "receives[0].triggers", "add it to the `on`"),
         (("topic = \"desk\"", "topic = \"the desk\""), "receives[0].topic", "use up to 249 letters"),
+        (
+            ("order_id = \"/id\"", "order_id = \"/id\"\ncreates_on = [\"returned\"]"),
+            "receives[0].creates_on",
+            "from = [\"asked\"], on = [\"returned\"]",
+        ),
         (("entering = \"back\"", ""), "emits[0]", "add entering"),
         (("entering = \"back\"", "entering = \"gone\""), "emits[0].entering", "declare it under [states]"),
         (("{order_id}", "{order}"), "emits[0].body.id", "use one of those"),
+        (("{order_id}", "Order {order_id}"), "emits[0].body.id", "use one of those alone"),
         (("change_in = [\"asked\"]", "change_in = [\"open\"]"), "content.change_in[0]", "declare it"),
         (("change_in = [\"asked\"]", "on_handled = \"seen\""), "content.on_handled", "on = [\"seen\"]"),
         (("[[emits]]", "[[emit]]"), "line", "correct it"),
@@ -175,8 +181,13 @@ fn each_flaw_of_a_file_is_named_with_its_key_and_a_remedy() {
 }
 
 fn triggers(lifecycle: &'static Lifecycle) -> Vec<Trigger<'static>> {
-    let mut triggers =
-        vec![Trigger::ContentChanged, Trigger::ContentHandled, Trigger::ContentRefused, Trigger::Cancelled];
+    let mut triggers = vec![
+        Trigger::ContentChanged,
+        Trigger::CreateHandled,
+        Trigger::ContentHandled,
+        Trigger::ContentRefused,
+        Trigger::Cancelled,
+    ];
     triggers.extend(lifecycle.triggers().map(Trigger::Fired));
     triggers.extend(lifecycle.states.iter().map(|state| Trigger::MovedTo(&state.name)));
     triggers.extend([Trigger::Fired("nonsense"), Trigger::MovedTo("nonsense"), Trigger::Deleted]);
@@ -307,4 +318,51 @@ proptest! {
             prop_assert_eq!(&once.sent, &repeated.sent, "{:?}", arrivals);
         }
     }
+}
+
+#[test]
+fn the_file_in_the_readme_is_sound() {
+    let readme = include_str!("../../../README.md");
+    let (_, rest) = readme.split_once("```toml\nname = ").unwrap();
+    let (rest, _) = rest.split_once("```").unwrap();
+    let lifecycle = file::read("loan.toml", &format!("name = {rest}"), &|_| None).unwrap();
+    assert_eq!((lifecycle.name.as_str(), lifecycle.receives.len(), lifecycle.emits.len()), ("loan", 1, 1));
+}
+
+#[test]
+fn what_a_new_order_tells_is_the_initial_states_and_new_content_that_of_where_it_leads() {
+    let text = r#"
+        name = "two"
+        initial = "new"
+        [states]
+        new = {}
+        changed = {}
+        done = { terminal = true }
+        [content]
+        change_in = ["new", "changed"]
+        leads_to = "changed"
+        [[transitions]]
+        from = ["new", "changed"]
+        to = "done"
+        by_hand = true
+        [[emits]]
+        entering = "new"
+        topic = "begun"
+        body = {}
+        [[emits]]
+        entering = "changed"
+        topic = "begun-again"
+        body = {}
+    "#;
+    let lifecycle = file::read("two.toml", text, &|_| None).unwrap();
+    let told = |state, trigger| step(&lifecycle, state, trigger).unwrap().emits[0].topic.clone();
+    assert_eq!(told("new", Trigger::CreateHandled), "begun");
+    assert_eq!(told("changed", Trigger::ContentHandled), "begun-again");
+}
+
+#[test]
+fn a_time_that_is_switched_off_moves_nothing() {
+    let off = find("payment");
+    assert_eq!(off.timed_out("PENDING"), None);
+    assert!(!all().timed().iter().any(|timed| timed.starts_with("payment")));
 }

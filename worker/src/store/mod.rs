@@ -11,12 +11,13 @@ use rust_decimal::Decimal;
 use serde_json::value::RawValue;
 use shared::{
     db::{Connection, DbError},
+    lifecycle::Lifecycles,
     message::{Answer, Message},
     money::Money,
     outbox::{Columns, Placed, placed},
 };
 use time::OffsetDateTime;
-use tokio_postgres::Row;
+use tokio_postgres::{Row, types::ToSql};
 use uuid::Uuid;
 
 use crate::handler::{Handling, Order};
@@ -134,12 +135,19 @@ pub(crate) async fn move_unchanged(
 macro_rules! locked_columns {
     () => {
         "o.order_id, o.lifecycle, o.status, o.version, o.content_version, o.amount, o.currency, o.due_at,
-         o.user_id, o.external_id, o.items::text, o.payload::text"
+         o.user_id, o.external_id,
+         case when o.lifecycle = any ($2::text[]) then o.items::text end as items,
+         case when o.lifecycle = any ($2::text[]) then o.payload::text end as payload"
     };
 }
 
 /// Locks these orders, in the order of their ids, so that two who want the same ones take turns.
-pub(crate) async fn lock_orders(connection: &Connection, ids: &[Uuid]) -> Result<HashMap<Uuid, Locked>, DbError> {
+/// What was ordered, which may be much, is read only of orders of these lifecycles.
+pub(crate) async fn lock_orders(
+    connection: &Connection,
+    ids: &[Uuid],
+    telling: &[&str],
+) -> Result<HashMap<Uuid, Locked>, DbError> {
     const SQL: &str = concat!(
         "select ",
         locked_columns!(),
@@ -148,7 +156,7 @@ pub(crate) async fn lock_orders(connection: &Connection, ids: &[Uuid]) -> Result
          for update of o"
     );
     let statement = connection.prepared(SQL).await?;
-    let rows = connection.client().query(&statement, &[&ids]).await?;
+    let rows = connection.client().query(&statement, &[&ids, &telling]).await?;
     Ok(rows.iter().map(locked).collect())
 }
 
@@ -170,31 +178,35 @@ pub(crate) async fn locked_by_others(connection: &Connection, ids: &[Uuid]) -> R
 }
 
 /// Locks orders whose time has come, the longest due first; not those that another clock or a
-/// client has in hand, nor those with a failed message, nor these; and only those that are in one
-/// of these lifecycles and states.
+/// client has in hand, nor those with a failed message, nor these; only those after this time and
+/// id, and where a lifecycle of ours has the clock move orders.
 pub(crate) async fn lock_due(
     connection: &Connection,
     at: OffsetDateTime,
     limit: i64,
+    after: Option<(OffsetDateTime, Uuid)>,
     except: &[Uuid],
-    timed: &[(&str, &str)],
+    lifecycles: &Lifecycles,
 ) -> Result<HashMap<Uuid, Locked>, DbError> {
     const SQL: &str = concat!(
         "select ",
         locked_columns!(),
         " from orders o
-         where o.due_at <= $1 and o.order_id <> all ($3::uuid[])
-           and o.lifecycle || ' ' || o.status = any ($4::text[])
+         where o.due_at <= $1 and (o.due_at, o.order_id) > ($6::timestamptz, $7::uuid)
+           and o.order_id <> all ($4::uuid[])
+           and o.lifecycle || ' ' || o.status = any ($5::text[])
            and (select true from parked_messages p
                 where p.order_id = o.order_id and p.kind = 'failed' and p.state in ('waiting', 'retrying', 'dead')
                 limit 1) is null
-         order by o.due_at
-         limit $2
+         order by o.due_at, o.order_id
+         limit $3
          for update of o skip locked"
     );
     let statement = connection.prepared(SQL).await?;
-    let timed: Vec<String> = timed.iter().map(|(lifecycle, status)| format!("{lifecycle} {status}")).collect();
-    let rows = connection.client().query(&statement, &[&at, &limit, &except, &timed]).await?;
+    let (after_at, after_id) = after.unwrap_or((OffsetDateTime::UNIX_EPOCH, Uuid::nil()));
+    let (telling, timed) = (lifecycles.telling_content(), lifecycles.timed());
+    let params: [&(dyn ToSql + Sync); 7] = [&at, &telling, &limit, &except, &timed, &after_at, &after_id];
+    let rows = connection.client().query(&statement, &params).await?;
     Ok(rows.iter().map(locked).collect())
 }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use shared::{
     db::{Connection, DbError},
     message::{Headers, Message},
-    parked::{Kind, State},
+    parked::{Kind, State, short},
 };
 use time::OffsetDateTime;
 use tokio_postgres::Row;
@@ -114,7 +114,7 @@ pub(crate) async fn insert(connection: &Connection, park: &Park<'_>, at: OffsetD
                 &state.name(),
                 &kind.name(),
                 &i32::from(is_tried),
-                &reason.replace('\0', "\\0"),
+                &short(reason),
                 &errors,
                 next_attempt_at,
                 &at,
@@ -124,15 +124,35 @@ pub(crate) async fn insert(connection: &Connection, park: &Park<'_>, at: OffsetD
     Ok(())
 }
 
-/// Messages whose next attempt is due, the longest due first.
-pub(crate) async fn due(connection: &Connection, at: OffsetDateTime, limit: i64) -> Result<Vec<i64>, DbError> {
+/// Messages whose next attempt is due, the longest due first; only those of these topics and our
+/// own unsent ones: what another release knows how to read is that one's.
+pub(crate) async fn due(
+    connection: &Connection,
+    at: OffsetDateTime,
+    limit: i64,
+    topics: &[String],
+) -> Result<Vec<i64>, DbError> {
     const SQL: &str = "
         select id from parked_messages
         where next_attempt_at <= $1 and state in ('waiting', 'retrying')
+          and (kind = 'unsent' or topic = any ($3::text[]))
         order by next_attempt_at, id limit $2";
     let statement = connection.prepared(SQL).await?;
-    let rows = connection.client().query(&statement, &[&at, &limit]).await?;
+    let rows = connection.client().query(&statement, &[&at, &limit, &topics]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Lets messages be tried that wait behind none: whoever was to let them go has missed them.
+pub(crate) async fn release_forgotten(connection: &Connection) -> Result<u64, DbError> {
+    const SQL: &str = "
+        update parked_messages p
+        set state = 'retrying', next_attempt_at = clock_timestamp(), updated_at = clock_timestamp()
+        where p.kind = 'failed' and p.state = 'waiting'
+          and (select true from parked_messages before
+               where before.order_id = p.order_id and before.id < p.id and before.kind = 'failed'
+                 and before.state in ('waiting', 'retrying', 'dead') limit 1) is null";
+    let statement = connection.prepared(SQL).await?;
+    Ok(connection.client().execute(&statement, &[]).await?)
 }
 
 macro_rules! parked_columns {
@@ -221,7 +241,7 @@ pub(crate) async fn record_attempt(
             end
         where id = $1";
     let statement = connection.prepared(SQL).await?;
-    let reason = attempt.error.map(|error| error.replace('\0', "\\0"));
+    let reason = attempt.error.map(short);
     let json = attempt.error.map(|error| error_json(error, at));
     connection
         .client()
@@ -252,12 +272,14 @@ pub(crate) async fn postpone(connection: &Connection, id: i64, later: OffsetDate
     Ok(())
 }
 
-/// Lets messages that came too early to these orders be tried again now; how many.
+/// Lets messages that came too early to these orders be tried again now, those that were given up
+/// before there was an order included; how many.
 pub(crate) async fn wake_early(connection: &Connection, ids: &[Uuid], at: OffsetDateTime) -> Result<u64, DbError> {
     const SQL: &str = "
-        update parked_messages p set next_attempt_at = $2
+        update parked_messages p set state = 'waiting', next_attempt_at = $2
         from unnest($1::uuid[]) as i(order_id)
-        where p.order_id = i.order_id and p.kind = 'early' and p.state = 'waiting' and p.next_attempt_at > $2";
+        where p.order_id = i.order_id and p.kind = 'early' and p.state in ('waiting', 'dead')
+          and (p.next_attempt_at is null or p.next_attempt_at > $2)";
     let statement = connection.prepared(SQL).await?;
     Ok(connection.client().execute(&statement, &[&ids, &at]).await?)
 }
@@ -285,5 +307,5 @@ pub(crate) async fn count(connection: &Connection) -> Result<BTreeMap<(String, S
 
 fn error_json(error: &str, at: OffsetDateTime) -> String {
     let at = at.format(&time::format_description::well_known::Rfc3339).unwrap_or_default();
-    serde_json::json!({ "at": at, "error": error.replace('\0', "\\0") }).to_string()
+    serde_json::json!({ "at": at, "error": short(error) }).to_string()
 }
