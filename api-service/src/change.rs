@@ -198,7 +198,10 @@ fn refused(order: &Locked, lifecycle: &Lifecycle, refusal: Refusal) -> Problem {
         Refusal::Illegal { allowed } => Problem::IllegalMove { order_id, status, allowed },
         Refusal::UnknownState => {
             let states = lifecycle.states.iter().map(|state| state.name.as_str()).collect::<Vec<_>>().join(", ");
-            let reason = format!("is no state of the lifecycle {}, which has {states}", lifecycle.name);
+            let reason = format!(
+                "is no state of the lifecycle {}, which has {states}; POST /orders with \"status\":\"deleted\" deletes",
+                lifecycle.name
+            );
             Problem::Invalid(vec![Violation::new("/status", reason)])
         }
         Refusal::Same | Refusal::Early | Refusal::Late | Refusal::Conflict => {

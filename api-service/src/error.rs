@@ -130,7 +130,7 @@ impl Problem {
             Self::TooLarge { limit } => format!("at most {limit} bytes are taken (MAX_BODY_BYTES)"),
             Self::ContentFixed { status, .. } => format!("orders that are {status} take no change of content"),
             Self::IllegalMove { status, allowed, .. } if allowed.is_empty() => {
-                format!("orders that are {status} stay so")
+                format!("nobody may move an order that is {status}, or not there")
             }
             Self::IllegalMove { status, allowed, .. } => {
                 format!("orders that are {status} can become {}", allowed.join(" or "))

@@ -250,7 +250,9 @@ impl Task {
                         let _ = command.reply.send(result);
                     }
                 }
-                Err(error) if matches!(error.fault(), Fault::Data | Fault::Locked) && part.len() > 1 => {
+                Err(error)
+                    if matches!(error.fault(), Fault::Data | Fault::Internal | Fault::Locked) && part.len() > 1 =>
+                {
                     let mut first = part;
                     let second = first.split_off(first.len() / 2);
                     parts.extend([second, first]);

@@ -60,12 +60,22 @@ pub enum DbError {
 pub enum Fault {
     /// The rows of the statement; fewer of them may be accepted.
     Data,
+    /// The server, over some of the rows, which may be damaged; fewer of them may be accepted.
+    Internal,
     /// Two transactions got in each other's way; the same again may succeed.
     Contention,
     /// Somebody keeps a lock that we want for longer than we wait.
     Locked,
     /// The server: it stops, is full, is read-only, is not migrated.
     Server,
+}
+
+impl Fault {
+    /// May fewer rows be accepted?
+    #[must_use]
+    pub fn is_of_rows(self) -> bool {
+        matches!(self, Self::Data | Self::Internal)
+    }
 }
 
 impl From<tokio_postgres::Error> for DbError {
@@ -101,6 +111,20 @@ impl DbError {
         line
     }
 
+    /// It tells of no row, yet one row may be the cause of it: something ran out of time, or was in
+    /// somebody's way. Whoever sees it again and again while the server is well may try fewer rows.
+    #[must_use]
+    pub fn may_be_of_rows(&self) -> bool {
+        match self {
+            Self::Lost(cause) => cause.is_none(),
+            Self::Refused(error) => {
+                let code = error.code().map(SqlState::code).unwrap_or_default();
+                code == SqlState::QUERY_CANCELED.code() || matches!(code.get(..2), Some("40" | "55"))
+            }
+            Self::Away(_) => false,
+        }
+    }
+
     #[must_use]
     pub fn fault(&self) -> Fault {
         let Self::Refused(error) = self else { return Fault::Server };
@@ -113,8 +137,9 @@ impl DbError {
             Some("08" | "0A" | "25" | "26" | "28" | "3D" | "3F" | "42" | "53" | "55" | "57" | "58" | "F0") => {
                 Fault::Server
             }
-            // Data exceptions, violated constraints, damaged rows, and whatever a trigger or function
-            // raises, which may be any code.
+            Some("XX") => Fault::Internal,
+            // Data exceptions, violated constraints, and whatever a trigger or function raises, which
+            // may be any code.
             _ => Fault::Data,
         }
     }

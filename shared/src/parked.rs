@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::{
     db::{Connection, Db, DbError},
     lifecycle::Lifecycles,
+    order::order_id_of,
 };
 
 /// Most messages in one list.
@@ -104,8 +105,9 @@ pub struct Filter {
     /// One message
     #[arg(long)]
     pub id: Option<i64>,
-    /// Those of one order
-    #[arg(long)]
+    /// Those of one order: its id, or the text under which others know it
+    #[arg(long, value_parser = order)]
+    #[serde(default, deserialize_with = "order_of")]
     pub order_id: Option<Uuid>,
     /// Those of one topic
     #[arg(long, value_parser = some_text)]
@@ -125,7 +127,21 @@ pub struct Filter {
 
 /// An empty text is in every text: whoever forgot to say which would mean them all.
 fn some_text(text: &str) -> Result<String, &'static str> {
-    if text.is_empty() { Err("must not be empty") } else { Ok(text.to_owned()) }
+    match text {
+        "" => Err("must not be empty"),
+        text if text.contains('\0') => Err("must not contain \\u0000"),
+        text => Ok(text.to_owned()),
+    }
+}
+
+/// An order's own id, or the text under which others know it.
+fn order(text: &str) -> Result<Uuid, &'static str> {
+    some_text(text).map(|text| order_id_of(&text))
+}
+
+fn order_of<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Uuid>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    order(&text).map(Some).map_err(serde::de::Error::custom)
 }
 
 fn some_text_of<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
@@ -289,6 +305,7 @@ pub async fn redrive(db: &Db, filter: &Filter) -> Result<u64, DbError> {
         let Some(last) = rows.iter().map(|row| row.get::<_, i64>(0)).max() else { break };
         (count, after) = (count + rows.len() as u64, last);
     }
+    tracing::info!(?filter, count, "parked messages are tried again, as an operator wishes");
     metrics::counter!("orderstream_parked_redriven_total").increment(count);
     Ok(count)
 }
@@ -306,6 +323,7 @@ pub async fn discard(db: &Db, filter: &Filter) -> Result<u64, DbError> {
     {
         (count, after) = (count + discarded, last);
     }
+    tracing::info!(?filter, count, "parked messages are given up, as an operator wishes");
     metrics::counter!("orderstream_parked_discarded_total").increment(count);
     Ok(count)
 }
@@ -441,7 +459,7 @@ pub async fn stuck(db: &Db, lifecycles: &Lifecycles) -> Result<Stuck, DbError> {
     const OVERDUE: &str = "
         select order_id, lifecycle, status, due_at from orders
         where due_at < clock_timestamp() - $1::float8 * interval '1 second'
-          and lifecycle || ' ' || status = any ($3::text[])
+          and (lifecycle || ' ' || status = any ($3::text[]) or lifecycle <> all ($4::text[]))
         order by due_at limit $2";
     const CONFLICTS: &str = concat!(
         "select ",
@@ -460,10 +478,12 @@ pub async fn stuck(db: &Db, lifecycles: &Lifecycles) -> Result<Stuck, DbError> {
         order by p.id limit $1";
     let connection = db.connection().await?;
     let seconds = STUCK_AFTER.as_secs_f64();
+    // One that is not known here may be known to the clock.
+    let (timed, names) = (lifecycles.timed(), lifecycles.iter().map(|lifecycle| &*lifecycle.name).collect::<Vec<_>>());
     let work = async {
         let client = connection.client();
         let overdue =
-            client.query(&connection.prepared(OVERDUE).await?, &[&seconds, &STUCK_LIMIT, &lifecycles.timed()]).await?;
+            client.query(&connection.prepared(OVERDUE).await?, &[&seconds, &STUCK_LIMIT, &timed, &names]).await?;
         let conflicts = client.query(&connection.prepared(CONFLICTS).await?, &[&STUCK_LIMIT]).await?;
         let unsent = client.query(&connection.prepared(UNSENT).await?, &[&seconds, &STUCK_LIMIT]).await?;
         let blocked = client.query(&connection.prepared(BLOCKED).await?, &[&STUCK_LIMIT]).await?;

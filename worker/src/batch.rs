@@ -153,7 +153,7 @@ impl Handler {
             Ok(replies)
         };
         let replies = connection.transaction(self.db.settings.write_timeout, work).await?;
-        tell_parked(record, None, error);
+        tell_parked(record, said.as_ref().ok().map(Said::order_id), error);
         Ok(replies)
     }
 
@@ -304,6 +304,7 @@ impl Handler {
                 continue; // it has its place among those that wait, or an operator gave it up
             }
             let locked = orders.get_mut(&order_id);
+            let is_missing = locked.is_none();
             if blocked.contains(&order_id) {
                 let trouble = Trouble::Failed("waits behind an earlier message of its order that failed".to_owned());
                 let mut park = park(record, Some(order_id), &trouble, at, &self.retries);
@@ -336,7 +337,11 @@ impl Handler {
                     if let (Some(locked), Trouble::Failed(_)) = (locked, &trouble) {
                         outcome.replies.extend(reply(&Asked::of(record, said), put_off(&locked.order)));
                     }
-                    outcome.parks.push(park(record, Some(order_id), &trouble, at, &self.retries));
+                    let mut park = park(record, Some(order_id), &trouble, at, &self.retries);
+                    if matches!(trouble, Trouble::Early(_)) && is_missing && self.retries.retry_attempts <= 1 {
+                        (park.state, park.next_attempt_at) = (State::Dead, None);
+                    }
+                    outcome.parks.push(park);
                 }
             }
         }

@@ -27,6 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const MAX_TROUBLED: usize = 1_000;
 /// How long one look may go on past orders that cannot be moved.
 const ROUND: Duration = Duration::from_secs(10);
+/// So often in a row it may fail for no order's sake before one of them is suspected.
+const FAILURES: u32 = 3;
 
 pub(crate) struct Clock {
     handler: Handler,
@@ -36,11 +38,16 @@ pub(crate) struct Clock {
     /// Where the last batch ended, while there is more: however many cannot be moved, the others
     /// have their turn.
     after: Option<(OffsetDateTime, Uuid)>,
+    /// Most orders in the next batch: fewer while one of them is in the way.
+    limit: i64,
+    /// So often in a row it failed for a reason that may be an order's.
+    failures: u32,
 }
 
 impl Clock {
     pub(crate) fn new(handler: Handler, settings: ClockSettings) -> Self {
-        Self { handler, settings, troubled: HashMap::new(), after: None }
+        let limit = settings.scheduler_batch_size;
+        Self { handler, settings, troubled: HashMap::new(), after: None, limit, failures: 0 }
     }
 
     /// Moves what is due, at most a batch in each interval, until `stop`: after a time of standing
@@ -50,7 +57,7 @@ impl Clock {
         let mut next = Instant::now();
         loop {
             next = (next + self.settings.scheduler_interval).max(Instant::now());
-            match self.run_once(now(), self.settings.scheduler_batch_size).await {
+            match self.run_once(now(), &stop).await {
                 Ok(_) => backoff.reset(),
                 Err(error) => {
                     tracing::warn!(error = error.chain(), "the clock waits");
@@ -63,37 +70,45 @@ impl Clock {
         }
     }
 
-    /// Moves orders that are due at this time, at most so many, each by one step. How many.
+    /// Moves orders that are due at this time, at most a batch, each by one step. How many.
     ///
     /// # Errors
     /// When the database is away.
-    pub(crate) async fn run_once(&mut self, at: OffsetDateTime, most: i64) -> Result<usize, DbError> {
+    async fn run_once(&mut self, at: OffsetDateTime, stop: &CancellationToken) -> Result<usize, DbError> {
         let began = Instant::now();
         self.troubled.retain(|_, until| *until > began);
-        let mut limit = most;
+        let mut backoff = Backoff::RECONNECT;
         loop {
             let mut claimed = Vec::new();
-            match self.step(at, limit, &mut claimed).await {
+            let is_over = began.elapsed() > ROUND || stop.is_cancelled();
+            let error = match self.step(at, self.limit, &mut claimed).await {
                 // None of them could be moved: that must not cost the others their turn.
-                Ok(0) if self.after.is_some() && began.elapsed() < ROUND => {}
-                Ok(moved) => return Ok(moved),
-                // Fewer and fewer, until the one that the database refuses is alone.
-                Err(error) if error.fault() == Fault::Data && claimed.len() > 1 => {
-                    limit = i64::try_from(claimed.len() / 2).unwrap_or(1).max(1);
+                Ok(0) if self.after.is_some() && !is_over => continue,
+                Ok(moved) => {
+                    (self.failures, self.limit) = (0, self.settings.scheduler_batch_size);
+                    return Ok(moved);
                 }
-                Err(error) if error.fault() == Fault::Data && !claimed.is_empty() => {
-                    self.leave_alone(claimed[0], &error.chain());
-                    if began.elapsed() > ROUND {
-                        return Ok(0);
+                Err(error) => error,
+            };
+            // One order may be the cause even of what tells of none, if it goes on.
+            self.failures += u32::from(error.may_be_of_rows());
+            if error.fault().is_of_rows() || (error.may_be_of_rows() && self.failures > FAILURES) {
+                // Fewer and fewer, until it is alone.
+                match claimed.as_slice() {
+                    [] => return Err(error),
+                    [order_id] => {
+                        self.leave_alone(*order_id, &error.chain());
+                        self.limit = self.settings.scheduler_batch_size;
                     }
-                    limit = most;
+                    several => self.limit = i64::try_from(several.len() / 2).unwrap_or(1),
                 }
-                // It may have been too much at once.
-                Err(error) if matches!(error, DbError::Lost(None)) && claimed.len() > 1 && began.elapsed() < ROUND => {
-                    limit = i64::try_from(claimed.len() / 2).unwrap_or(1).max(1);
-                }
-                Err(error) if error.fault() == Fault::Contention => {}
-                Err(error) => return Err(error),
+            } else if error.fault() == Fault::Contention {
+                tokio::time::sleep(backoff.delay()).await;
+            } else {
+                return Err(error);
+            }
+            if is_over {
+                return Ok(0);
             }
         }
     }

@@ -18,7 +18,7 @@ use rdkafka::{
 };
 use shared::{
     backoff::Backoff,
-    db::{DbError, Fault},
+    db::{DbError, Fault, writable},
     kafka::{Context, Producer, client_config},
     settings::KafkaSettings,
 };
@@ -31,6 +31,8 @@ use crate::{batch::Handler, record::Record, reply::Reply};
 const BATCH: usize = 512;
 /// Batches whose answers are on their way to the broker.
 const UNSETTLED: usize = 64;
+/// So often a batch may fail for a reason that is no message's before one of them is suspected.
+const PATIENCE: u32 = 3;
 /// For moving a partition back to a record.
 const SEEK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often stopped partitions are looked after while nothing else arrives.
@@ -175,6 +177,7 @@ impl Worker {
         // What somebody kept locked may be so still: to try it would hold the others up.
         let (doubtful, free): (Vec<_>, Vec<_>) = batch.into_iter().partition(|r| self.stopped.contains_key(&id(r)));
         let mut parts = vec![(doubtful, true), (free, false)];
+        let mut failures = 0;
         while let Some((mut part, is_doubtful)) = parts.pop() {
             part.retain(|record| !self.is_stopped(&id(record)));
             if part.is_empty() {
@@ -189,12 +192,31 @@ impl Worker {
                     self.stop_partitions(&part, &partitions);
                     parts.push((part, is_doubtful));
                 }
-                Err(Obstacle::Failed(error)) if error.fault() == Fault::Data && part.len() > 1 => {
+                Err(Obstacle::Failed(error)) if error.fault().is_of_rows() && part.len() > 1 => {
                     let second = part.split_off(part.len() / 2);
                     parts.extend([(second, is_doubtful), (part, is_doubtful)]);
                 }
+                // One message may be the cause all the same, where the others' would be handled:
+                // fewer and fewer, as above.
+                Err(Obstacle::Failed(error))
+                    if error.may_be_of_rows() && failures >= PATIENCE && self.is_well().await =>
+                {
+                    if part.len() > 1 {
+                        let second = part.split_off(part.len() / 2);
+                        parts.extend([(second, is_doubtful), (part, is_doubtful)]);
+                    } else if let Some(record) = part.first() {
+                        match self.handler.park_refused(record, &error.chain()).await {
+                            Ok(replies) => self.settle(&part, replies).await?,
+                            Err(_) => {
+                                failures = 0; // to wait again
+                                parts.push((part, is_doubtful));
+                            }
+                        }
+                    }
+                }
                 // Nobody's message is at fault: the same again, for as long as it takes.
                 Err(Obstacle::Failed(error)) => {
+                    failures += 1;
                     let delay = backoff.delay();
                     tracing::warn!(error = error.chain(), records = part.len(), ?delay, "waiting for the database");
                     metrics::counter!("orderstream_worker_waits_total").increment(1);
@@ -218,13 +240,19 @@ impl Worker {
             Err(error) => error,
         };
         match (error.fault(), part) {
-            (Fault::Data, [record]) => Ok(self.handler.park_refused(record, &error.chain()).await?),
+            (Fault::Data | Fault::Internal, [record]) => Ok(self.handler.park_refused(record, &error.chain()).await?),
             (Fault::Locked, _) => {
                 self.look_for_locks(part).await?;
                 Err(error.into()) // it is free by now
             }
             _ => Err(error.into()),
         }
+    }
+
+    /// Does the database do other work?
+    async fn is_well(&self) -> bool {
+        let db = &self.handler.db;
+        writable(&db.pool, db.settings.query_timeout).await.is_ok_and(|writable| writable)
     }
 
     async fn look_for_locks(&self, part: &[Record]) -> Result<(), Obstacle> {

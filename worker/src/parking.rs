@@ -123,7 +123,7 @@ impl Parking {
                 Ok(())
             }
             // Its own fault again; whatever it had begun is undone.
-            Err(error) if error.fault() == Fault::Data => {
+            Err(error) if error.fault().is_of_rows() => {
                 let error = error.chain();
                 connection.transaction(deadline, self.note_failure(&connection, id, at, error)).await
             }

@@ -5,6 +5,7 @@ use shared::{
     lifecycle::{Lifecycle, Receive},
     message::Headers,
     order::{MAX_ID, order_id_of},
+    parked::short,
 };
 use uuid::Uuid;
 
@@ -61,8 +62,8 @@ pub(crate) fn read(
         trigger: trigger.clone(),
         cause: format!("{}:{id}", receive.topic),
         user_id: optional(&receive.user_id)?,
-        // The one character that PostgreSQL's text cannot hold.
-        reason: reason.map(|reason| reason.replace('\0', "")),
+        // It is told to others, who need not take more than we do.
+        reason: reason.as_deref().map(short),
         creates: receive.creates_on.contains(trigger),
     })
 }

@@ -192,6 +192,37 @@ async fn a_message_that_cannot_be_handled_is_parked_alone_and_handled_once_it_ca
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_order_that_takes_the_database_too_long_is_parked_alone() {
+    const ORDERS: usize = 40;
+    let _turn = alone().await;
+    let mut system = System::new().await;
+    let api = system.api().await;
+    system.set("DB_WRITE_TIMEOUT", "1s");
+    system.set("RETRY_DELAY", "100ms");
+    system.set("RETRY_DELAY_MAX", "500ms");
+    system.set("RETRY_ATTEMPTS", 1_000);
+    let slow = "create function test_sleep() returns trigger language plpgsql as $$ begin perform pg_sleep(3); return new; end $$;
+        create trigger test_sleep before update on orders for each row when (new.user_id = 'user-7')
+        execute function test_sleep()";
+    system.db.execute(slow).await;
+    let mut accepted = Vec::new();
+    for n in 0..ORDERS {
+        let reply = api.http().post_order_async(&order(&format!("user-{n}"))).await.expect_status(201);
+        accepted.push(Accepted::from(&reply));
+    }
+    let worker = system.worker().await;
+    wait_for("all others to be handled, and the slow one to be parked", Duration::from_secs(90), || async {
+        let left = system.db.number("select count(*) from orders where status = 'new'", &[]).await;
+        let parked = system.db.number("select count(*) from parked_messages where kind = 'failed'", &[]).await;
+        if (left, parked) == (1, 1) { Ok(()) } else { Err(format!("{left} left, {parked} parked")) }
+    })
+    .await;
+    worker.assert_healthy().await;
+    system.db.execute("drop trigger test_sleep on orders").await;
+    system.ledger().check(accepted).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_order_that_somebody_keeps_locked_holds_up_only_its_partition() {
     let _turn = alone().await;
     let system = System::new().await;

@@ -156,6 +156,34 @@ async fn two_thousand_orders_that_cannot_be_moved_cost_the_others_nothing_but_a_
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_that_always_gets_in_the_way_is_left_alone_by_the_clock() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let folder = Folder::with("egg.toml", EGG);
+    let settings = system.settings().with(&[("LIFECYCLES_DIR", &folder.path()), ("SCHEDULER_INTERVAL", "50ms")]);
+    drop(Worker::start(&settings.clone().with(&[("SCHEDULER_WORKER_COUNT", "0")])).await);
+    let fill = "
+        create function test_conflict() returns trigger language plpgsql as $$
+        begin raise exception 'again and again' using errcode = '40001'; end $$;
+        create trigger test_conflict before update on orders for each row when (new.user_id = 'user-7')
+        execute function test_conflict();
+        insert into orders (order_id, user_id, lifecycle, status, version, content_version, due_at, created_at, updated_at)
+        select gen_random_uuid(), 'user-' || n, 'egg', 'raw', 1, 1, now() - interval '1 hour', now(), now()
+        from generate_series(1, 50) n";
+    system.db.execute(fill).await;
+    let worker = Worker::start(&settings).await;
+    wait_for("the others to be moved twice", Duration::from_secs(60), || async {
+        match system.db.number("select count(*) from orders where status = 'hard'", &[]).await {
+            49 => Ok(()),
+            n => Err(format!("{n}")),
+        }
+    })
+    .await;
+    worker.sigterm();
+    assert!(worker.exit_within(Duration::from_secs(10)).await.success());
+}
+
 /// Everybody wants it, and one gets it: nineteen states to choose from, and the clock's.
 fn prize() -> String {
     let names: Vec<String> = (0..18).map(|n| format!("won{n}")).collect();

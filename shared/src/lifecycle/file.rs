@@ -138,6 +138,14 @@ pub type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
 /// All that is wrong with it.
 pub fn read(file: &str, text: &str, variables: Variables<'_>) -> Result<Lifecycle, BadFile> {
     let raw: File = toml::from_str(text).map_err(|error| bad_toml(file, text, &error))?;
+    if raw.states.len() > MAX_STATES || raw.transitions.len() > MAX_TRANSITIONS {
+        let flaw = Flaw {
+            key: "states".to_owned(),
+            problem: format!("{} of them, and {} transitions", raw.states.len(), raw.transitions.len()),
+            remedy: format!("make do with {MAX_STATES} and {MAX_TRANSITIONS}"),
+        };
+        return Err(BadFile { file: file.to_owned(), flaws: vec![flaw] });
+    }
     let mut check = Check { states: &raw.states, triggers: triggers(&raw), variables, flaws: Vec::new() };
     let lifecycle = check.lifecycle(&raw);
     if check.flaws.is_empty() { Ok(lifecycle) } else { Err(BadFile { file: file.to_owned(), flaws: check.flaws }) }
@@ -373,7 +381,7 @@ impl Check<'_> {
                     _ => {
                         self.flaw(
                             format!("{key}.after"),
-                            format!("\"{text}\" is no time to wait"),
+                            format!("{} is no time to wait", named(&timeout.after, text)),
                             "write 30s, 15m, 2h or 3days, or off",
                         );
                         None
@@ -473,7 +481,8 @@ impl Check<'_> {
     fn topic(&mut self, key: &str, text: &str) -> String {
         let topic = self.expand(key, text);
         if settings::topic(&topic).is_err() {
-            self.flaw(key, format!("\"{topic}\" is no name of a topic"), "use up to 249 letters, digits, ., _ and -");
+            let problem = format!("{} is no name of a topic", named(text, &topic));
+            self.flaw(key, problem, "use up to 249 letters, digits, ., _ and -");
         }
         topic
     }
@@ -487,6 +496,10 @@ impl Check<'_> {
             Some((name, default)) => (name, Some(default)),
             None => (inner, None),
         };
+        if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+            self.flaw(key, format!("\"{name}\" is no name of a variable"), "use letters, digits and _");
+            return "unset".to_owned();
+        }
         match (self.variables)(name).filter(|value| !value.is_empty()).or(default.map(ToOwned::to_owned)) {
             Some(value) => value,
             None => {
@@ -530,8 +543,20 @@ impl Check<'_> {
     }
 }
 
+/// More than any order goes through, and checked in no time.
+const MAX_STATES: usize = 200;
+const MAX_TRANSITIONS: usize = 1_000;
+
 /// Longer than anybody waits, and short enough to be added to any time.
 const MAX_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// A value, and the variable that it came from.
+fn named(raw: &str, value: &str) -> String {
+    match raw.strip_prefix("${").map(|raw| raw.split([':', '}']).next().unwrap_or_default()) {
+        Some(name) => format!("{name}=\"{value}\""),
+        None => format!("\"{value}\""),
+    }
+}
 
 fn is_name(name: &str) -> bool {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');

@@ -97,10 +97,11 @@ impl Template {
         match value {
             toml::Value::String(text) => match text.strip_prefix('{').and_then(|text| text.strip_suffix('}')) {
                 Some(name) => Field::read(name, in_item).map(Self::Field).map_err(|problem| (String::new(), problem)),
-                None => match placeholder_within(text, in_item) {
-                    Some(name) => Err((String::new(), format!("{{{name}}} stands within other text"))),
-                    None => Ok(Self::Literal(json_text(text))),
-                },
+                // It would be sent as it stands.
+                None if text.contains(['{', '}']) => {
+                    Err((String::new(), format!("{text:?} is no placeholder, nor plain text")))
+                }
+                None => Ok(Self::Literal(json_text(text))),
             },
             toml::Value::Integer(number) => Ok(Self::Literal(number.to_string())),
             toml::Value::Float(number) if number.is_finite() => Ok(Self::Literal(number.to_string())),
@@ -223,12 +224,6 @@ impl Template {
         }
         Ok(())
     }
-}
-
-/// The first placeholder in a text that is more than that: it would be sent as it stands.
-fn placeholder_within(text: &str, in_item: bool) -> Option<&str> {
-    let names = text.split('{').skip(1).filter_map(|rest| rest.split_once('}').map(|(name, _)| name));
-    names.into_iter().find(|name| Field::read(name, in_item).is_ok())
 }
 
 impl Field {

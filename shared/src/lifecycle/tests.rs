@@ -171,6 +171,8 @@ fn each_flaw_of_a_file_is_named_with_its_key_and_a_remedy() {
         (("entering = \"back\"", "entering = \"gone\""), "emits[0].entering", "declare it under [states]"),
         (("{order_id}", "{order}"), "emits[0].body.id", "use one of those"),
         (("{order_id}", "Order {order_id}"), "emits[0].body.id", "use one of those alone"),
+        (("{order_id}", "{order_id"), "emits[0].body.id", "use one of those alone"),
+        (("after = \"30days\"", "after = \"${lOAN TERM:-30days}\""), "timeouts[0].after", "use letters, digits and _"),
         (("change_in = [\"asked\"]", "change_in = [\"open\"]"), "content.change_in[0]", "declare it"),
         (("change_in = [\"asked\"]", "on_handled = \"seen\""), "content.on_handled", "on = [\"seen\"]"),
         (("[[emits]]", "[[emit]]"), "line", "correct it"),
