@@ -21,8 +21,17 @@ struct Side<'a> {
     topics: Topics,
     product: Product,
     bench: Bench<'a>,
-    /// Orders per second: of each point, by round.
-    rates: Vec<Vec<f64>>,
+    /// Of each point, by round.
+    seen: Vec<Vec<Seen>>,
+}
+
+/// One measurement.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// Orders per second.
+    rate: f64,
+    /// Processor time per order, in microseconds: API, worker, PostgreSQL, and all of the machine.
+    cost: [f64; 4],
 }
 
 /// Measures ours and the binaries in the folder `other` in turn, so many rounds. The table of both
@@ -73,44 +82,57 @@ async fn measure<'a>(
         std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let product = Product::start(binaries, &database, &topics, &folder).await?;
         let bench = Bench { options, ledger: LedgerFigures::default() };
-        sides.push(Side { label, database, topics, product, bench, rates: Vec::new() });
+        sides.push(Side { label, database, topics, product, bench, seen: Vec::new() });
     }
     let points: Vec<(Mode, usize)> =
         options.callers.iter().flat_map(|callers| [(Mode::Accepted, *callers), (Mode::Answered, *callers)]).collect();
     for round in 1..=rounds {
         for (place, (mode, callers)) in points.iter().enumerate() {
+            // Each is the first of a pair as often as the other.
+            if round.is_multiple_of(2) {
+                sides.reverse();
+            }
             for side in sides.iter_mut() {
                 let point = side.bench.point(&mut side.product, *mode, *callers).await?;
                 let rate = point.load.per_second;
                 step(&format!("round {round}, {callers} callers, {}, {}: {rate:.0}/s", mode.label(), side.label));
-                side.rates.resize_with(points.len(), Vec::new);
-                side.rates[place].push(rate);
+                let cpu = [point.cpu.api, point.cpu.worker, point.cpu.postgres.unwrap_or_default(), point.cpu.machine];
+                side.seen.resize_with(points.len(), Vec::new);
+                side.seen[place].push(Seen { rate, cost: cpu.map(|share| share * 1e6 / rate) });
+            }
+            if round.is_multiple_of(2) {
+                sides.reverse();
             }
         }
     }
     for side in sides.iter_mut() {
         side.bench.check(&side.database).await?;
     }
-    Ok(table(&points, &sides[0].rates, &sides[1].rates))
+    Ok(table(&points, &sides[0].seen, &sides[1].seen))
 }
 
-fn table(points: &[(Mode, usize)], ours: &[Vec<f64>], others: &[Vec<f64>]) -> String {
-    let rows: Vec<Vec<String>> = points
-        .iter()
-        .zip(ours.iter().zip(others))
-        .map(|((mode, callers), (ours, others))| {
-            let ratios: Vec<f64> = ours.iter().zip(others).map(|(ours, other)| ours / other).collect();
-            let (least, most) = (ratios.iter().copied().reduce(f64::min), ratios.iter().copied().reduce(f64::max));
-            vec![
-                format!("{}, {callers}", mode.label()),
-                format!("{:.0}", median(ours)),
-                format!("{:.0}", median(others)),
-                format!("{:.2}", median(&ratios)),
-                format!("{:.2}–{:.2}", least.unwrap_or_default(), most.unwrap_or_default()),
-            ]
-        })
-        .collect();
-    table::markdown(&["orders, callers", "ours per s", "other per s", "ratio", "by round"], &rows)
+fn table(points: &[(Mode, usize)], ours: &[Vec<Seen>], others: &[Vec<Seen>]) -> String {
+    let (mut rates, mut costs) = (Vec::new(), Vec::new());
+    for ((mode, callers), (ours, others)) in points.iter().zip(ours.iter().zip(others)) {
+        let label = format!("{}, {callers}", mode.label());
+        let rate = |seen: &[Seen]| seen.iter().map(|seen| seen.rate).collect::<Vec<_>>();
+        let ratios: Vec<f64> = ours.iter().zip(others).map(|(ours, other)| ours.rate / other.rate).collect();
+        let (least, most) = (ratios.iter().copied().reduce(f64::min), ratios.iter().copied().reduce(f64::max));
+        rates.push(vec![
+            label.clone(),
+            format!("{:.0}", median(&rate(ours))),
+            format!("{:.0}", median(&rate(others))),
+            format!("{:.2}", median(&ratios)),
+            format!("{:.2}–{:.2}", least.unwrap_or_default(), most.unwrap_or_default()),
+        ]);
+        let cost = |seen: &[Seen], part: usize| median(&seen.iter().map(|seen| seen.cost[part]).collect::<Vec<_>>());
+        let both = |part: usize| format!("{:.0} / {:.0}", cost(ours, part), cost(others, part));
+        costs.push([vec![label], (0..4).map(both).collect()].concat());
+    }
+    let rates = table::markdown(&["orders, callers", "ours per s", "other per s", "ratio", "by round"], &rates);
+    let costs =
+        table::markdown(&["µs per order, ours / other", "api-service", "worker", "PostgreSQL", "machine"], &costs);
+    format!("{rates}\n{costs}")
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -125,7 +147,8 @@ mod tests {
 
     #[test]
     fn ratios_are_of_one_round_and_their_median_is_told() {
-        let text = table(&[(Mode::Answered, 64)], &[vec![100.0, 300.0, 220.0]], &[vec![100.0, 200.0, 200.0]]);
+        let seen = |rates: [f64; 3]| vec![rates.map(|rate| Seen { rate, cost: [rate; 4] }).to_vec()];
+        let text = table(&[(Mode::Answered, 64)], &seen([100.0, 300.0, 220.0]), &seen([100.0, 200.0, 200.0]));
         assert!(text.contains("| answered, 64    |        220 |         200 |  1.10 | 1.00–1.50 |"), "{text}");
     }
 }
