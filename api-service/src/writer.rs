@@ -46,7 +46,7 @@ const WRITERS: usize = 2;
 const QUEUE: usize = 4_096;
 /// What all that waits may come to, in KiB: thousands of the largest bodies would not fit.
 const QUEUE_KIB: usize = 64 * 1024;
-/// Deadlocks and serialization failures in a row before the caller is told to try again.
+/// So often others may be quicker, or in the way, before the caller is told to try again.
 const CONTENTION_RETRIES: usize = 5;
 
 /// What is to be made durable.
@@ -312,8 +312,9 @@ impl Task {
     /// An order whose external id was taken: by the same order, another one, or a deleted one.
     async fn create_again(&self, connection: &Connection, row: &NewRow) -> Result<Result<Written, Problem>, DbError> {
         let external_id = row.external_id.as_deref().unwrap_or_default();
-        // Twice at most: after a deleted order's id was taken by somebody quicker, that one has it.
-        for _ in 0..2 {
+        // When a deleted order's id was taken by somebody quicker, that one has it; unless it is
+        // deleted, too, by the time we look.
+        for _ in 0..CONTENTION_RETRIES {
             let Some(found) = read::reference(connection, &row.user_id, external_id).await? else { break };
             if !found.deleted {
                 return Ok(match found.correlation_id {

@@ -1,7 +1,7 @@
 //! Two builds of the service in one run, in turn: what a change costs or gains, whatever else the
 //! machine does meanwhile.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 use uuid::Uuid;
@@ -14,17 +14,6 @@ use crate::run::{Bench, Options, step};
 use crate::table;
 use crate::topics::Topics;
 
-/// A build with a database and topics of its own.
-struct Side<'a> {
-    label: &'static str,
-    database: Database,
-    topics: Topics,
-    product: Product,
-    bench: Bench<'a>,
-    /// Of each point, by round.
-    seen: Vec<Vec<Seen>>,
-}
-
 /// One measurement.
 #[derive(Clone, Copy)]
 struct Seen {
@@ -34,8 +23,9 @@ struct Seen {
     cost: [f64; 4],
 }
 
-/// Measures ours and the binaries in the folder `other` in turn, so many rounds. The table of both
-/// and their ratios.
+/// Measures ours and the binaries in the folder `other` in turn, so many rounds; each time with a
+/// database and topics of its own, and while the other is not there. The table of both and their
+/// ratios.
 ///
 /// # Errors
 /// When one of them does not run, or does not account for what it accepted.
@@ -51,64 +41,57 @@ pub async fn run(
     for binaries in [&own, other] {
         product::ensure_built(binaries)?;
     }
-    let mut sides = Vec::new();
-    let result = tokio::select! {
-        result = measure(options, [&own, other], rounds, &mut sides) => result,
-        () = interrupted => Err(anyhow::anyhow!("interrupted")),
-    };
-    for side in sides {
-        let Side { database, topics, product, .. } = side;
-        drop(product);
-        if let Err(error) = database.remove().await {
-            eprintln!("tidying up: {error:#}");
-        }
-        if let Err(error) = topics.remove(&options.kafka_brokers, &options.kafka_config).await {
-            eprintln!("tidying up: {error:#}");
-        }
-    }
-    result
-}
-
-async fn measure<'a>(
-    options: &'a Options,
-    binaries: [&Path; 2],
-    rounds: usize,
-    sides: &mut Vec<Side<'a>>,
-) -> anyhow::Result<String> {
-    for (label, binaries) in ["ours", "other"].into_iter().zip(binaries) {
-        let name = format!("bench_{}", Uuid::now_v7().simple());
-        let (topics, database) = (Topics::named(&name), Database::create(&options.postgres_dsn, &name).await?);
-        let folder: PathBuf = options.folder.join(label);
-        std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-        let product = Product::start(binaries, &database, &topics, &folder).await?;
-        let bench = Bench { options, ledger: LedgerFigures::default() };
-        sides.push(Side { label, database, topics, product, bench, seen: Vec::new() });
-    }
+    let sides = [("ours", own.as_path()), ("other", other.as_path())];
     let points: Vec<(Mode, usize)> =
         options.callers.iter().flat_map(|callers| [(Mode::Accepted, *callers), (Mode::Answered, *callers)]).collect();
-    for round in 1..=rounds {
-        for (place, (mode, callers)) in points.iter().enumerate() {
-            // Each is the first of a pair as often as the other.
-            if round.is_multiple_of(2) {
-                sides.reverse();
-            }
-            for side in sides.iter_mut() {
-                let point = side.bench.point(&mut side.product, *mode, *callers).await?;
-                let rate = point.load.per_second;
-                step(&format!("round {round}, {callers} callers, {}, {}: {rate:.0}/s", mode.label(), side.label));
-                let cpu = [point.cpu.api, point.cpu.worker, point.cpu.postgres.unwrap_or_default(), point.cpu.machine];
-                side.seen.resize_with(points.len(), Vec::new);
-                side.seen[place].push(Seen { rate, cost: cpu.map(|share| share * 1e6 / rate) });
-            }
-            if round.is_multiple_of(2) {
-                sides.reverse();
+    let mut seen = [vec![Vec::new(); points.len()], vec![Vec::new(); points.len()]];
+    let all = async {
+        // Whoever is the first on new servers is slow.
+        measure(options, &own, "to warm up", points.get(..1).unwrap_or_default()).await?;
+        for round in 0..rounds {
+            // Each goes first as often as the other.
+            for turn in 0..sides.len() {
+                let side = (round + turn) % sides.len();
+                let (label, binaries) = sides[side];
+                let label = format!("round {}, {label}", round + 1);
+                for (place, one) in measure(options, binaries, &label, &points).await?.into_iter().enumerate() {
+                    seen[side][place].push(one);
+                }
             }
         }
+        anyhow::Ok(())
+    };
+    tokio::select! {
+        result = all => result?,
+        () = interrupted => anyhow::bail!("interrupted"),
     }
-    for side in sides.iter_mut() {
-        side.bench.check(&side.database).await?;
+    Ok(table(&points, &seen[0], &seen[1]))
+}
+
+/// Each point once, from an empty database.
+async fn measure(
+    options: &Options,
+    binaries: &Path,
+    label: &str,
+    points: &[(Mode, usize)],
+) -> anyhow::Result<Vec<Seen>> {
+    let name = format!("bench_{}", Uuid::now_v7().simple());
+    let (topics, database) = (Topics::named(&name), Database::create(&options.postgres_dsn, &name).await?);
+    let mut product = Product::start(binaries, &database, &topics, &options.folder).await?;
+    let mut bench = Bench { options, ledger: LedgerFigures::default() };
+    let mut seen = Vec::with_capacity(points.len());
+    for (mode, callers) in points {
+        let point = bench.point(&mut product, *mode, *callers).await?;
+        let rate = point.load.per_second;
+        step(&format!("{label}, {callers} callers, {}: {rate:.0}/s", mode.label()));
+        let cpu = [point.cpu.api, point.cpu.worker, point.cpu.postgres.unwrap_or_default(), point.cpu.machine];
+        seen.push(Seen { rate, cost: cpu.map(|share| share * 1e6 / rate) });
     }
-    Ok(table(&points, &sides[0].seen, &sides[1].seen))
+    bench.check(&database).await?;
+    product.stop().await?;
+    database.remove().await?;
+    topics.remove(&options.kafka_brokers, &options.kafka_config).await?;
+    Ok(seen)
 }
 
 fn table(points: &[(Mode, usize)], ours: &[Vec<Seen>], others: &[Vec<Seen>]) -> String {

@@ -313,11 +313,15 @@ async fn delete_rows(db: &Db, rows: &[Placed]) -> Result<(), DbError> {
     // Nothing is lost when this commit is: the messages would only be sent again. So it does not
     // wait for the disk. The key beside the place: the sweeper may have deleted the row, and
     // another one may lie there now.
+    // Subqueries, as in `these_rows!`: by a join the planner may compare each row with each.
     const SQL: &str = "
         with lazily as materialized (select set_config('synchronous_commit', 'off', true))
-        delete from outbox o
-        using lazily, unnest($1::text[], $2::uuid[], $3::bigint[], $4::smallint[]) as i(place, order_id, version, seq)
-        where o.ctid = i.place::tid and o.order_id = i.order_id and o.version = i.version and o.seq = i.seq";
+        delete from outbox
+        using lazily
+        where outbox.ctid = any (array(
+            select (select o.ctid from outbox o
+                    where o.ctid = i.place::tid and o.order_id = i.order_id and o.version = i.version and o.seq = i.seq)
+            from unnest($1::text[], $2::uuid[], $3::bigint[], $4::smallint[]) as i(place, order_id, version, seq)))";
     let places: Vec<_> = rows.iter().map(|row| row.place.as_str()).collect();
     let ids: Vec<_> = rows.iter().map(|row| row.message.order_id).collect();
     let versions: Vec<_> = rows.iter().map(|row| row.message.version).collect();

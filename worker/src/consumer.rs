@@ -63,7 +63,10 @@ pub(crate) struct Worker {
     settled: mpsc::Sender<Settled>,
 }
 
-/// Reads until `stop`; then finishes its batch, delivers its answers, and leaves the group.
+/// Reads these topics until `stop`; then finishes its batch, delivers its answers, and leaves the
+/// group. Whoever reads several sets of topics, each by itself, spares the broker: librdkafka asks
+/// for all its partitions with every fetch, and the events are asked for thousands of times a
+/// second.
 ///
 /// # Errors
 /// When the settings for Kafka make no sense, or a part of this died.
@@ -72,12 +75,11 @@ pub(crate) async fn run(
     producer: Producer,
     settings: &KafkaSettings,
     group: &str,
+    topics: &[&str],
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let consumer = Arc::new(consumer(settings, group)?);
-    let topics: Vec<_> =
-        std::iter::once(settings.orders_events_topic.as_str()).chain(handler.lifecycles.received_topics()).collect();
-    consumer.subscribe(&topics).context("subscribing")?;
+    consumer.subscribe(topics).context("subscribing")?;
     let (settled, queue) = mpsc::channel(UNSETTLED);
     let settler = tokio::spawn(settle(consumer.clone(), producer.clone(), queue));
     let mut worker = Worker { handler, producer, consumer: consumer.clone(), stopped: HashMap::new(), settled };

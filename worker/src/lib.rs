@@ -123,7 +123,17 @@ async fn work(
     let mut topics: Vec<String> = handler.lifecycles.received_topics().map(ToOwned::to_owned).collect();
     topics.push(config.kafka.orders_events_topic.clone());
     let parking = Parking { handler: handler.clone(), topics }.run(leaving.clone());
-    let reading = consumer::run(handler.clone(), producer, &config.kafka, &config.worker.worker_group, leaving);
+    let events = [config.kafka.orders_events_topic.as_str()];
+    let received: Vec<&str> = handler.lifecycles.received_topics().collect();
+    let read = |topics| {
+        let (handler, producer, leaving) = (handler.clone(), producer.clone(), leaving.clone());
+        consumer::run(handler, producer, &config.kafka, &config.worker.worker_group, topics, leaving)
+    };
+    let reading = async {
+        // The first that fails ends all.
+        let received = async { if received.is_empty() { Ok(()) } else { read(received.as_slice()).await } };
+        tokio::try_join!(read(events.as_slice()), received).map(drop)
+    };
     let others = async { tokio::join!(clocks, parking) };
     tokio::pin!(reading, others);
     let handling = async {
