@@ -137,6 +137,14 @@ async fn count_parked(swing: &Swing, condition: &str) -> i64 {
     swing.system.db.number(&format!("select count(*) from parked_messages where {condition}"), &[]).await
 }
 
+async fn dead_and_waiting_become(swing: &Swing, dead: i64, waiting: i64) {
+    eventually(&format!("{dead} dead and {waiting} behind"), || async {
+        let states = (count_parked(swing, "state = 'dead'").await, count_parked(swing, "state = 'waiting'").await);
+        if states == (dead, waiting) { Ok(()) } else { Err(format!("{states:?}")) }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_poison_message_in_100_000_costs_the_others_little_and_keeps_its_orders_sequence() {
     const ORDERS: usize = 5_000;
@@ -166,12 +174,7 @@ async fn one_poison_message_in_100_000_costs_the_others_little_and_keeps_its_ord
             continue;
         }
         let poisoned = &ids[77];
-        eventually("the poison to be dead and the rest to wait behind it", || async {
-            let states =
-                (count_parked(&swing, "state = 'dead'").await, count_parked(&swing, "state = 'waiting'").await);
-            if states == (1, EACH as i64 - 1) { Ok(()) } else { Err(format!("{states:?}")) }
-        })
-        .await;
+        dead_and_waiting_become(&swing, 1, EACH as i64 - 1).await;
         let stuck = admin(&api, Method::GET, "/admin/stuck").await;
         assert_eq!(stuck["blocked"][0]["order_id"], json!(poisoned), "{stuck}");
         assert_eq!(stuck["blocked"][0]["waiting"], json!(EACH - 1), "{stuck}");
@@ -235,11 +238,7 @@ async fn what_is_discarded_stays_so_and_lets_the_next_one_pass() {
         )
         .await;
     assert_eq!(places.len(), 3);
-    eventually("one dead and two behind it", || async {
-        let states = (count_parked(&swing, "state = 'dead'").await, count_parked(&swing, "state = 'waiting'").await);
-        if states == (1, 2) { Ok(()) } else { Err(format!("{states:?}")) }
-    })
-    .await;
+    dead_and_waiting_become(&swing, 1, 2).await;
     swing.refuse_nothing().await;
     let refused = api.admin().send(Method::POST, "/admin/parked/discard", &[], Default::default()).await;
     refused.expect("an answer").expect_status(422); // which?
@@ -375,11 +374,7 @@ async fn what_waits_behind_none_is_not_forgotten() {
     swing.refuse("true").await;
     let messages = vec![Swing::message(&order_id, 0), Swing::message(&order_id, 2)];
     swing.system.kafka.produce_all(&swing.topic, messages).await;
-    eventually("one dead and one behind it", || async {
-        let states = (count_parked(&swing, "state = 'dead'").await, count_parked(&swing, "state = 'waiting'").await);
-        if states == (1, 1) { Ok(()) } else { Err(format!("{states:?}")) }
-    })
-    .await;
+    dead_and_waiting_become(&swing, 1, 1).await;
     swing.refuse_nothing().await;
     // Taken away by other hands: nobody lets the next one go.
     swing.system.db.execute("update parked_messages set state = 'done' where state = 'dead'").await;

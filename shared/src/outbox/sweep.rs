@@ -17,8 +17,7 @@ use uuid::Uuid;
 use super::{Outbox, delete_in, insert_parked};
 use crate::{
     backoff::Backoff,
-    db::Connection,
-    db::DbError,
+    db::{Connection, DbError},
     kafka::{is_of_topic, is_refused},
     message::{Headers, Message},
 };
