@@ -1,15 +1,22 @@
 //! The settings of `api-service`.
 
-use std::{convert::Infallible, str::FromStr, sync::Arc, time::Duration};
+use std::{convert::Infallible, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use anyhow::bail;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use shared::{
     order,
     settings::{DbSettings, KafkaSettings, Listen},
 };
 
-use crate::{orders::WaitLimits, request::Defaults};
+use crate::{
+    identity::{
+        Identity,
+        token::{Source, Tokens},
+    },
+    orders::WaitLimits,
+    request::Defaults,
+};
 
 /// What an event holds besides the items and the payload: ids, names, numbers, headers.
 const EVENT_OVERHEAD: usize = 16 * 1024;
@@ -42,6 +49,8 @@ Examples:
 pub struct Config {
     #[command(flatten)]
     pub api: ApiSettings,
+    #[command(flatten)]
+    pub auth: AuthSettings,
     #[command(flatten)]
     pub db: DbSettings,
     #[command(flatten)]
@@ -80,6 +89,38 @@ pub struct ApiSettings {
     pub default_currency: String,
 }
 
+/// How it is known who calls.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Who may do what")]
+pub struct AuthSettings {
+    /// none: callers are trusted; header: a gateway before us sets X-User-Id and X-User-Role;
+    /// jwt: each request carries a signed token
+    #[arg(long, env = "AUTH_MODE", value_name = "AUTH_MODE", default_value = "none")]
+    pub auth_mode: AuthMode,
+    /// Secret of tokens signed with HS256
+    #[arg(long, env = "JWT_SECRET", value_name = "JWT_SECRET", hide_env_values = true)]
+    pub jwt_secret: Option<Secret>,
+    /// File of the public key of tokens, in PEM
+    #[arg(long, env = "JWT_KEY_FILE", value_name = "JWT_KEY_FILE")]
+    pub jwt_key_file: Option<PathBuf>,
+    /// File of the public keys of tokens, a JSON Web Key Set; read again when it changes
+    #[arg(long, env = "JWT_JWKS_FILE", value_name = "JWT_JWKS_FILE")]
+    pub jwt_jwks_file: Option<PathBuf>,
+    /// Who must have issued a token (iss); by default anybody who has the key
+    #[arg(long, env = "JWT_ISSUER", value_name = "JWT_ISSUER")]
+    pub jwt_issuer: Option<String>,
+    /// Whom a token must be for (aud); by default one that names nobody
+    #[arg(long, env = "JWT_AUDIENCE", value_name = "JWT_AUDIENCE")]
+    pub jwt_audience: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AuthMode {
+    None,
+    Header,
+    Jwt,
+}
+
 /// Shown to nobody.
 #[derive(Clone)]
 pub struct Secret(Arc<str>);
@@ -114,6 +155,7 @@ impl Config {
     pub fn check(&self) -> anyhow::Result<Defaults> {
         self.db.check()?;
         self.kafka.check()?;
+        self.identity()?;
         if let Listen::At(address) = self.api.admin_port
             && !address.ip().is_loopback()
             && self.admin_token().is_none()
@@ -143,6 +185,22 @@ impl Config {
         Ok(Defaults { lifecycles, lifecycle, currency: self.api.default_currency.clone() })
     }
 
+    /// How it is known who calls.
+    ///
+    /// # Errors
+    /// Naming the setting or the file that is to be changed.
+    pub(crate) fn identity(&self) -> anyhow::Result<Identity> {
+        let auth = &self.auth;
+        match auth.auth_mode {
+            AuthMode::None => Ok(Identity::None),
+            AuthMode::Header => Ok(Identity::Header),
+            AuthMode::Jwt => {
+                let source = auth.source()?;
+                Ok(Identity::Jwt(Tokens::new(&source, given(&auth.jwt_issuer), given(&auth.jwt_audience))?))
+            }
+        }
+    }
+
     pub(crate) fn admin_token(&self) -> Option<Arc<str>> {
         self.api.admin_token.as_ref().map(|Secret(token)| token.clone()).filter(|token| !token.is_empty())
     }
@@ -159,4 +217,29 @@ impl Config {
             max: Duration::from_millis(self.api.ack_wait_max_ms),
         }
     }
+}
+
+impl AuthSettings {
+    fn source(&self) -> anyhow::Result<Source> {
+        let secret = self.jwt_secret.as_ref().map(|Secret(secret)| secret.clone()).filter(|secret| !secret.is_empty());
+        let file = |path: &Option<PathBuf>| path.clone().filter(|path| !path.as_os_str().is_empty());
+        match (secret, file(&self.jwt_key_file), file(&self.jwt_jwks_file)) {
+            (Some(secret), None, None) => Ok(Source::Secret(secret)),
+            (None, Some(path), None) => Ok(Source::Pem(path)),
+            (None, None, Some(path)) => Ok(Source::Jwks(path)),
+            _ => bail!("AUTH_MODE=jwt needs just one of JWT_SECRET, JWT_KEY_FILE and JWT_JWKS_FILE"),
+        }
+    }
+
+    /// The file whose keys may change while we run.
+    pub(crate) fn jwks_file(&self) -> Option<PathBuf> {
+        match (self.auth_mode, self.source()) {
+            (AuthMode::Jwt, Ok(Source::Jwks(path))) => Some(path),
+            _ => None,
+        }
+    }
+}
+
+fn given(setting: &Option<String>) -> Option<&str> {
+    setting.as_deref().filter(|text| !text.is_empty())
 }

@@ -26,7 +26,10 @@ pub(crate) enum Problem {
     UnknownParked,
     UnknownRoute,
     MethodNotAllowed,
-    Unauthenticated,
+    /// Says what is missing.
+    Unauthenticated(&'static str),
+    /// Says who may.
+    Forbidden(&'static str),
     ContentType,
     TooLarge {
         limit: usize,
@@ -101,7 +104,8 @@ impl Problem {
             Self::UnknownOrder => (StatusCode::NOT_FOUND, "not-found", "There is no such order"),
             Self::UnknownRequest => (StatusCode::NOT_FOUND, "not-found", "There is no such request"),
             Self::UnknownParked => (StatusCode::NOT_FOUND, "not-found", "There is no such parked message"),
-            Self::Unauthenticated => (StatusCode::UNAUTHORIZED, "unauthenticated", "Who are you?"),
+            Self::Unauthenticated(_) => (StatusCode::UNAUTHORIZED, "unauthenticated", "Who are you?"),
+            Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden", "You may not do this"),
             Self::ParkedElsewise { .. } => (StatusCode::CONFLICT, "conflict", "The message is not in that state"),
             Self::UnknownRoute => (StatusCode::NOT_FOUND, "not-found", "There is nothing here"),
             Self::MethodNotAllowed => {
@@ -136,8 +140,7 @@ impl Problem {
                 format!("orders that are {status} can become {}", allowed.join(" or "))
             }
             Self::Rejected { reason, .. } => reason.clone(),
-            Self::Unavailable(detail) => (*detail).to_owned(),
-            Self::Unauthenticated => "send Authorization: Bearer with ADMIN_TOKEN".to_owned(),
+            Self::Unavailable(detail) | Self::Unauthenticated(detail) | Self::Forbidden(detail) => (*detail).to_owned(),
             Self::ParkedElsewise { state, detail } => format!("it is {state}; {detail}"),
             Self::Internal => "it is in our log".to_owned(),
             Self::UnknownOrder

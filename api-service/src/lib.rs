@@ -11,6 +11,7 @@ mod change;
 pub mod config;
 mod error;
 mod http;
+mod identity;
 mod json;
 mod orders;
 mod request;
@@ -32,7 +33,10 @@ use shared::{
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{acks::ReplyAddress, config::Config, http::AppState, orders::Orders, waiters::Waiters, writer::Writer};
+use crate::{
+    acks::ReplyAddress, config::Config, http::AppState, identity::Identity, orders::Orders, waiters::Waiters,
+    writer::Writer,
+};
 
 /// How long the start waits for Kafka before it serves without it.
 const KAFKA_PATIENCE: Duration = Duration::from_secs(10);
@@ -56,6 +60,7 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let defaults = config.check()?;
+    let identity = config.identity()?;
     let db = open(&config)?;
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
@@ -70,6 +75,13 @@ pub async fn run(
     vital.spawn(serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone()));
     vital.spawn(look_after_outbox(outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
     vital.spawn(wait_for_start(replies.clone(), migrated.clone(), started.clone(), stop.clone()));
+    if let (Identity::Jwt(tokens), Some(path)) = (&identity, config.auth.jwks_file()) {
+        let (tokens, stop) = (tokens.clone(), stop.clone());
+        vital.spawn(async move {
+            tokens.follow(path, stop).await;
+            Ok(())
+        });
+    }
     let deleter = tokio::spawn(deleter);
 
     let admin = admin.map(|listener| {
@@ -88,6 +100,7 @@ pub async fn run(
     };
     let app = Arc::new(AppState {
         orders,
+        identity,
         defaults,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,

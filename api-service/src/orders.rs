@@ -37,6 +37,15 @@ pub(crate) struct Orders {
     pub hurry: CancellationToken,
 }
 
+/// What a request says beside the change that it asks for.
+#[derive(Debug, Default)]
+pub(crate) struct Conditions {
+    /// Until when the caller waits for the worker's answer; `None` does not wait.
+    pub wait: Option<Instant>,
+    /// Trace context of the request.
+    pub trace: Headers,
+}
+
 /// What a request asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
@@ -92,7 +101,8 @@ impl Done {
 
 impl Orders {
     /// Makes the change durable. With a deadline, also waits for the worker's answer until then.
-    pub(crate) async fn submit(&self, upsert: Upsert, wait: Option<Instant>, trace: Headers) -> Result<Done, Problem> {
+    pub(crate) async fn submit(&self, upsert: Upsert, conditions: Conditions) -> Result<Done, Problem> {
+        let Conditions { wait, trace } = conditions;
         let correlation_id = Uuid::now_v7();
         // Before the write: an answer that comes first would find nobody.
         let waiter = wait.and_then(|_| self.park(correlation_id));
@@ -126,9 +136,9 @@ impl Orders {
     }
 
     /// Puts the order in another state; nobody waits, since the worker only notes it.
-    pub(crate) async fn relocate(&self, change: Move, trace: Headers) -> Result<Done, Problem> {
+    pub(crate) async fn relocate(&self, change: Move, conditions: Conditions) -> Result<Done, Problem> {
         let (operation, correlation_id) = (Operation::Moved, Uuid::now_v7());
-        let origin = Origin { correlation_id, reply_to: None, trace };
+        let origin = Origin { correlation_id, reply_to: None, trace: conditions.trace };
         match self.writer.write(Work::Move(change), origin).await? {
             Written::Now { order_id, state } => {
                 metrics::counter!("orderstream_orders_accepted_total", "op" => operation.name()).increment(1);

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     body::Body,
+    identity::Caller,
     json::{self, Digest},
 };
 
@@ -149,8 +150,8 @@ pub struct Defaults {
     pub currency: String,
 }
 
-/// Reads a body. `header_user` is the `X-User-Id` header.
-pub fn parse(body: &[u8], header_user: Option<&str>, defaults: &Defaults) -> Result<Upsert, BadRequest> {
+/// Reads a body that this caller sent.
+pub(crate) fn parse(body: &[u8], caller: &Caller, defaults: &Defaults) -> Result<Upsert, BadRequest> {
     let body =
         std::str::from_utf8(body).map_err(|error| BadRequest::Malformed(format!("the body is not UTF-8: {error}")))?;
     let raw: Body<'_> = serde_json::from_str(body).map_err(|error| {
@@ -161,7 +162,7 @@ pub fn parse(body: &[u8], header_user: Option<&str>, defaults: &Defaults) -> Res
         }
     })?;
     let mut check = Check { violations: raw.violations(), malformed: None };
-    let upsert = check.upsert(&raw, header_user, defaults);
+    let upsert = check.upsert(&raw, caller, defaults);
     if let Some(reason) = check.malformed {
         return Err(BadRequest::Malformed(reason));
     }
@@ -184,9 +185,9 @@ impl Check {
         self.violations.push(Violation::new(format!("/{name}"), reason));
     }
 
-    fn upsert(&mut self, body: &Body<'_>, header_user: Option<&str>, defaults: &Defaults) -> Option<Upsert> {
+    fn upsert(&mut self, body: &Body<'_>, caller: &Caller, defaults: &Defaults) -> Option<Upsert> {
         let order_id = self.order_id(body);
-        let user_id = self.user_id(body, header_user);
+        let user_id = self.user_id(body, caller, order_id.is_none());
         let external_id = self.id(body, "external_id").filter(|id| !id.is_empty());
         let lifecycle = self.lifecycle(body, defaults.lifecycles);
         let deleting = self.status(body);
@@ -281,22 +282,25 @@ impl Check {
         }
     }
 
-    fn user_id(&mut self, body: &Body<'_>, header: Option<&str>) -> Option<String> {
+    /// Whose order it is or has to be: the caller's own, or the one that the body names. `None` with
+    /// an update: whoever's.
+    fn user_id(&mut self, body: &Body<'_>, caller: &Caller, creating: bool) -> Option<String> {
         let own = self.id(body, "user_id");
         if own.as_deref() == Some("") {
             self.broken("user_id", "must have 1 to 255 characters");
         }
-        match (own, header) {
-            (Some(own), Some(header)) if own != header => {
-                self.broken("user_id", "is another than that of the header X-User-Id");
+        let implied = if creating { caller.user() } else { caller.only() };
+        match (own, implied) {
+            (Some(own), _) if !caller.sees(&own) => {
+                self.broken("user_id", "is another than the caller's (X-User-Id, or the token's sub)");
                 None
             }
             (Some(own), _) => Some(own),
-            (None, Some(header)) => {
-                if header.is_empty() || header.chars().count() > MAX_ID {
+            (None, Some(user)) => {
+                if user.is_empty() || user.chars().count() > MAX_ID {
                     self.broken("user_id", "the header X-User-Id must have 1 to 255 characters");
                 }
-                Some(header.to_owned())
+                Some(user.to_owned())
             }
             (None, None) => None,
         }
@@ -430,7 +434,7 @@ mod tests {
     }
 
     fn read(body: &str) -> Result<Upsert, BadRequest> {
-        parse(body.as_bytes(), None, &defaults())
+        parse(body.as_bytes(), &Caller::known_as(None), &defaults())
     }
 
     fn created(body: &str) -> NewOrder {
@@ -516,7 +520,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = parse(&body, Some("u"), &defaults());
+            let _ = parse(&body, &Caller::known_as(Some("u")), &defaults());
         }
 
         #[test]

@@ -51,10 +51,12 @@ async fn check_token(State(admin): State<Admin>, request: Request, next: Next) -
     let given = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
     match &admin.token {
         Some(token) if !is_same(given.and_then(|v| v.strip_prefix(b"Bearer ")).unwrap_or_default(), token) => {
-            Problem::Unauthenticated.into_response()
+            Problem::Unauthenticated("send Authorization: Bearer with ADMIN_TOKEN").into_response()
         }
         // A page in an operator's browser must not do what operators may.
-        None if request.headers().contains_key(header::ORIGIN) => Problem::Unauthenticated.into_response(),
+        None if request.headers().contains_key(header::ORIGIN) => {
+            Problem::Forbidden("without ADMIN_TOKEN these routes are not for pages in a browser").into_response()
+        }
         _ => next.run(request).await,
     }
 }

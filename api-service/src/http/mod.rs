@@ -11,7 +11,8 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    http::{HeaderMap, HeaderName},
+    extract::{Request, State},
+    middleware::{Next, from_fn_with_state},
     response::{IntoResponse as _, Response},
     routing::{get, post, put},
 };
@@ -22,11 +23,11 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
     error::Problem,
+    identity::Identity,
     orders::{Orders, WaitLimits},
     request::Defaults,
 };
 
-const USER_ID: HeaderName = HeaderName::from_static("x-user-id");
 /// A body that has not arrived by then is not waited for.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -35,6 +36,7 @@ pub(crate) type App = Arc<AppState>;
 
 pub(crate) struct AppState {
     pub orders: Orders,
+    pub identity: Identity,
     pub defaults: Defaults,
     pub limits: WaitLimits,
     pub max_body_bytes: usize,
@@ -56,6 +58,8 @@ pub(crate) fn router(app: App) -> Router {
         .route("/orders/{order_id}/requests/{correlation_id}", get(reads::request))
         .route("/orders/{order_id}/status", put(status::set).patch(status::set))
         .route("/orders/{order_id}/cancel", post(status::cancel))
+        // Whatever is above is for those who may; its handlers are given the caller.
+        .route_layer(from_fn_with_state(app.clone(), admit))
         .route("/health", get(operations::health))
         .route("/ready", get(operations::ready))
         .route("/metrics", get(operations::metrics))
@@ -71,11 +75,13 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
     Problem::Internal.into_response()
 }
 
-/// The user that a caller acts for, if it says so.
-fn user(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
-    let Some(value) = headers.get(USER_ID) else { return Ok(None) };
-    match std::str::from_utf8(value.as_bytes()) {
-        Ok(user) => Ok(Some(user.trim())),
-        Err(_) => Err(Problem::Malformed("the header X-User-Id is not UTF-8".to_owned())),
+/// Lets in whom we know, and tells the handlers who it is.
+async fn admit(State(app): State<App>, mut request: Request, next: Next) -> Response {
+    match app.identity.caller(request.headers()) {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(problem) => problem.into_response(),
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
+    Extension,
     body::Body,
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -24,11 +25,11 @@ use uuid::Uuid;
 use super::{
     App, BODY_TIMEOUT,
     prefer::{PREFERENCE_APPLIED, preference},
-    user,
 };
 use crate::{
     error::{Problem, RETRY_AFTER},
-    orders::{Done, Operation, Progress},
+    identity::Caller,
+    orders::{Conditions, Done, Operation, Progress},
     request,
 };
 
@@ -38,16 +39,20 @@ const DRAIN_LIMIT: usize = 32 * 1024 * 1024;
 /// A trace header longer than this is not one (W3C Trace Context: 55 and 512 characters).
 const MAX_TRACE_HEADER: usize = 1024;
 
-pub(super) async fn submit(State(app): State<App>, request: Request) -> Result<Response, Problem> {
+pub(super) async fn submit(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, Problem> {
     let arrived = Instant::now();
     let (parts, body) = request.into_parts();
     check_content_type(&parts.headers)?;
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
-    let upsert = request::parse(&body.bytes, user(&parts.headers)?, &app.defaults)?;
+    let upsert = request::parse(&body.bytes, &caller, &app.defaults)?;
     drop(body);
     let preference = preference(&parts.headers, app.limits);
-    let deadline = preference.wait.map(|wait| arrived + wait);
-    let done = app.orders.submit(upsert, deadline, trace(&parts.headers)).await?;
+    let conditions = Conditions { wait: preference.wait.map(|wait| arrived + wait), trace: trace(&parts.headers) };
+    let done = app.orders.submit(upsert, conditions).await?;
     let mut response = render(&done);
     if let Some(applied) = preference.applied {
         response.headers_mut().insert(PREFERENCE_APPLIED, applied);

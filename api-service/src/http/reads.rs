@@ -1,26 +1,28 @@
 //! Reading orders, their history, and what became of a request.
 
 use axum::{
+    Extension,
     extract::{Path, Query, State, rejection::PathRejection, rejection::QueryRejection},
-    http::{HeaderMap, HeaderValue, header},
+    http::{HeaderValue, header},
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
 use shared::{message::AckStatus, order::Violation};
 use uuid::Uuid;
 
-use super::{App, user};
+use super::App;
 use crate::{
     error::Problem,
+    identity::Caller,
     store::read::{self, Order},
 };
 
 pub(super) async fn order(
     State(app): State<App>,
-    headers: HeaderMap,
+    Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Response, Problem> {
-    Ok(render(&visible_order(&app, &headers, path).await?))
+    Ok(render(&visible_order(&app, &caller, path).await?))
 }
 
 #[derive(Deserialize)]
@@ -30,21 +32,20 @@ pub(super) struct ByExternal {
 
 pub(super) async fn by_external(
     State(app): State<App>,
-    headers: HeaderMap,
+    Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
     query: Result<Query<ByExternal>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let external_id = text(path)?;
     let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
-    let caller = user(&headers)?;
-    let asked = query.user_id.as_deref().or(caller);
+    let asked = query.user_id.as_deref().or(caller.user());
     let Some(user_id) = asked.filter(|user_id| !user_id.is_empty()) else {
         return Err(Problem::Invalid(vec![Violation::new(
             "/user_id",
             "is missing: whose order is it? Give ?user_id=",
         )]));
     };
-    if external_id.contains('\0') || user_id.contains('\0') || caller.is_some_and(|caller| caller != user_id) {
+    if external_id.contains('\0') || user_id.contains('\0') || !caller.sees(user_id) {
         return Err(Problem::UnknownOrder);
     }
     let found = read::order_by_external(&app.orders.db, user_id, &external_id).await?;
@@ -53,10 +54,10 @@ pub(super) async fn by_external(
 
 pub(super) async fn history(
     State(app): State<App>,
-    headers: HeaderMap,
+    Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Response, Problem> {
-    let order = visible_order(&app, &headers, path).await?;
+    let order = visible_order(&app, &caller, path).await?;
     Ok(json(&read::history(&app.orders.db, order.order_id).await?).into_response())
 }
 
@@ -74,12 +75,12 @@ struct Request {
 
 pub(super) async fn request(
     State(app): State<App>,
-    headers: HeaderMap,
+    Extension(caller): Extension<Caller>,
     path: Result<Path<(String, String)>, PathRejection>,
 ) -> Result<Response, Problem> {
     let Path((order_id, correlation_id)) = path.map_err(|error| Problem::Malformed(error.body_text()))?;
     let correlation_id = uuid(&correlation_id, "the correlation id")?;
-    let order = visible_order(&app, &headers, Ok(Path(order_id))).await?;
+    let order = visible_order(&app, &caller, Ok(Path(order_id))).await?;
     let found = read::request(&app.orders.db, order.order_id, correlation_id).await?;
     let found = found.ok_or(Problem::UnknownRequest)?;
     let pending = Request {
@@ -109,16 +110,12 @@ pub(super) async fn request(
 /// The order, if there is one and the caller may see it.
 async fn visible_order(
     app: &App,
-    headers: &HeaderMap,
+    caller: &Caller,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Order, Problem> {
     let order_id = uuid(&text(path)?, "the order id")?;
-    let caller = user(headers)?;
     let order = app.orders.order(order_id).await?.ok_or(Problem::UnknownOrder)?;
-    if caller.is_some_and(|caller| caller != order.user_id) {
-        return Err(Problem::UnknownOrder);
-    }
-    Ok(order)
+    if caller.sees(&order.user_id) { Ok(order) } else { Err(Problem::UnknownOrder) }
 }
 
 fn text(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {

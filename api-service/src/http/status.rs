@@ -2,6 +2,7 @@
 //! `POST /orders/{order_id}/cancel`.
 
 use axum::{
+    Extension,
     extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, header},
     response::{IntoResponse, Response},
@@ -14,11 +15,11 @@ use super::{
     App,
     orders::{check_content_type, read_body, trace},
     reads::{etag, json},
-    user,
 };
 use crate::{
     error::Problem,
-    orders::{Done, Progress},
+    identity::Caller,
+    orders::{Conditions, Done, Progress},
     request::Target,
     writer::{Destination, Move},
 };
@@ -31,9 +32,15 @@ struct NewStatus {
 
 pub(super) async fn set(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Result<Response, Problem> {
+    if !caller.is_service() && !app.identity.lets_users_set_status() {
+        return Err(Problem::Forbidden(
+            "setting a status is for the roles service and admin; cancelling is for everybody",
+        ));
+    }
     let id = id(path)?;
     let (parts, body) = request.into_parts();
     check_content_type(&parts.headers)?;
@@ -51,15 +58,16 @@ pub(super) async fn set(
             Problem::Malformed(format!("the body is not JSON: {error}"))
         }
     })?;
-    relocate(&app, &parts.headers, &id, Destination::State(status)).await
+    relocate(&app, &caller, &parts.headers, &id, Destination::State(status)).await
 }
 
 pub(super) async fn cancel(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    relocate(&app, &headers, &id(path)?, Destination::Cancelled).await
+    relocate(&app, &caller, &headers, &id(path)?, Destination::Cancelled).await
 }
 
 /// A UUID, or any text that stands for one.
@@ -71,10 +79,17 @@ fn id(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
     Ok(id)
 }
 
-async fn relocate(app: &App, headers: &HeaderMap, id: &str, to: Destination) -> Result<Response, Problem> {
-    let user_id = user(headers)?.map(ToOwned::to_owned);
+async fn relocate(
+    app: &App,
+    caller: &Caller,
+    headers: &HeaderMap,
+    id: &str,
+    to: Destination,
+) -> Result<Response, Problem> {
+    let user_id = caller.only().map(ToOwned::to_owned);
     let change = Move { target: Target { order_id: order_id_of(id), user_id }, to };
-    Ok(render(id, &app.orders.relocate(change, trace(headers)).await?))
+    let conditions = Conditions { wait: None, trace: trace(headers) };
+    Ok(render(id, &app.orders.relocate(change, conditions).await?))
 }
 
 #[derive(Serialize)]
