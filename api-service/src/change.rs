@@ -35,6 +35,14 @@ pub(crate) struct State {
     pub currency: Option<String>,
 }
 
+/// What the caller says that the order's version is (`If-Match`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Expected {
+    /// It is there: that is all.
+    Any,
+    OneOf(Vec<i64>),
+}
+
 pub(crate) struct Decided {
     pub row: ChangedRow,
     pub written: Written,
@@ -103,16 +111,22 @@ impl Context<'_> {
 
 /// What this work makes of a locked order.
 pub(crate) fn decide(order: Locked, work: &Work, context: Context<'_>) -> Result<Decided, Problem> {
+    let Some(target) = work.target() else { return Err(Problem::UnknownOrder) }; // a new order is not locked
+    check_owner(&order, target)?;
+    if let Some(Expected::OneOf(versions)) = &context.origin.expected
+        && !versions.contains(&order.version)
+    {
+        return Err(Problem::Precondition { order: Some((order.order_id, order.version)) });
+    }
     match work {
-        Work::Create(_) => Err(Problem::UnknownOrder), // a new order is not locked
+        Work::Create(_) => Err(Problem::UnknownOrder),
         Work::Update(change) => update(order, change, context),
-        Work::Delete(target) => delete(order, target, context),
+        Work::Delete(_) => delete(order, context),
         Work::Move(change) => relocate(order, change, context),
     }
 }
 
 fn update(order: Locked, change: &Change, context: Context<'_>) -> Result<Decided, Problem> {
-    check_owner(&order, &change.target)?;
     let lifecycle = context.lifecycle(&order)?;
     let from_status = order.status.clone();
     let next = step(lifecycle, &from_status, Trigger::ContentChanged)
@@ -134,8 +148,7 @@ fn update(order: Locked, change: &Change, context: Context<'_>) -> Result<Decide
     decided(order, from_status.clone(), EventType::Updated, None, context)
 }
 
-fn delete(order: Locked, target: &Target, context: Context<'_>) -> Result<Decided, Problem> {
-    check_owner(&order, target)?;
+fn delete(order: Locked, context: Context<'_>) -> Result<Decided, Problem> {
     if order.status == order::DELETED {
         return Ok(unchanged(order, EventType::Deleted, context));
     }
@@ -154,7 +167,6 @@ fn delete(order: Locked, target: &Target, context: Context<'_>) -> Result<Decide
 
 /// To another state, by somebody's hand.
 fn relocate(order: Locked, change: &Move, context: Context<'_>) -> Result<Decided, Problem> {
-    check_owner(&order, &change.target)?;
     let lifecycle = context.lifecycle(&order)?;
     let trigger = match &change.to {
         Destination::State(state) => Trigger::MovedTo(state),

@@ -6,7 +6,7 @@ use anyhow::bail;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use shared::{
     order,
-    settings::{DbSettings, KafkaSettings, Listen},
+    settings::{self, DbSettings, KafkaSettings, Listen},
 };
 
 use crate::{
@@ -81,6 +81,9 @@ pub struct ApiSettings {
     /// Largest body of a request
     #[arg(long, env = "MAX_BODY_BYTES", value_name = "MAX_BODY_BYTES", default_value = "262144")]
     pub max_body_bytes: usize,
+    /// How long an Idempotency-Key is remembered
+    #[arg(long, env = "IDEMPOTENCY_TTL", value_name = "IDEMPOTENCY_TTL", default_value = "24h", value_parser = settings::duration)]
+    pub idempotency_ttl: Duration,
     /// Lifecycle of orders that name none
     #[arg(long, env = "DEFAULT_LIFECYCLE", value_name = "DEFAULT_LIFECYCLE", default_value = "marketplace")]
     pub default_lifecycle: String,

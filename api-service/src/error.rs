@@ -50,6 +50,17 @@ pub(crate) enum Problem {
     ExternalIdTaken {
         order_id: Uuid,
     },
+    /// The order is of another version than the caller expects; without one there is none.
+    Precondition {
+        order: Option<(Uuid, i64)>,
+    },
+    /// The idempotency key belongs to another request.
+    KeyReused,
+    /// The first request with this idempotency key may still be answered.
+    KeyUndecided {
+        order_id: Uuid,
+        correlation_id: Uuid,
+    },
     /// A parked message that is in no state for what an operator asks.
     ParkedElsewise {
         state: String,
@@ -78,7 +89,7 @@ impl From<DbError> for Problem {
             (DbError::Refused(_), _) => Self::Unavailable("the database refuses to work"),
             (DbError::Away(_), _) => Self::Unavailable("the database is away; nothing was stored"),
             (DbError::Lost(_), _) => Self::Unavailable(
-                "the database fell silent; whether the order was stored is not known, and repeating is safe with external_id",
+                "the database fell silent; whether the order was stored is not known, and repeating is safe with external_id or Idempotency-Key",
             ),
         };
         tracing::warn!(error = error.chain(), "database");
@@ -120,6 +131,11 @@ impl Problem {
             Self::ExternalIdTaken { .. } => {
                 (StatusCode::CONFLICT, "conflict", "This external id belongs to an order with other content")
             }
+            Self::Precondition { .. } => (StatusCode::PRECONDITION_FAILED, "precondition", "The order has changed"),
+            Self::KeyReused => (StatusCode::UNPROCESSABLE_ENTITY, "idempotency", "This key belongs to another request"),
+            Self::KeyUndecided { .. } => {
+                (StatusCode::CONFLICT, "idempotency", "The first request with this key is being answered")
+            }
             Self::Rejected { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "rejected", "The worker refused the order"),
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Not now; try again"),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "unavailable", "A fault of ours"),
@@ -139,6 +155,12 @@ impl Problem {
             Self::IllegalMove { status, allowed, .. } => {
                 format!("orders that are {status} can become {}", allowed.join(" or "))
             }
+            Self::Precondition { order: Some((_, version)) } => {
+                format!("it is at version {version}; read it again, and send its ETag in If-Match")
+            }
+            Self::Precondition { order: None } => "If-Match is for orders that are there".to_owned(),
+            Self::KeyReused => "take a new Idempotency-Key for another request".to_owned(),
+            Self::KeyUndecided { .. } => "nothing is lost; try again, or look at /requests".to_owned(),
             Self::Rejected { reason, .. } => reason.clone(),
             Self::Unavailable(detail) | Self::Unauthenticated(detail) | Self::Forbidden(detail) => (*detail).to_owned(),
             Self::ParkedElsewise { state, detail } => format!("it is {state}; {detail}"),
@@ -159,6 +181,12 @@ impl Problem {
             // A list of a thousand broken items helps nobody.
             Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(100)] }),
             Self::Deleted { order_id } | Self::ExternalIdTaken { order_id } => json!({ "order_id": order_id }),
+            Self::Precondition { order: Some((order_id, version)) } => {
+                json!({ "order_id": order_id, "order_version": version })
+            }
+            Self::KeyUndecided { order_id, correlation_id } => {
+                json!({ "order_id": order_id, "correlation_id": correlation_id })
+            }
             Self::ContentFixed { order_id, status } => json!({ "order_id": order_id, "order_status": status }),
             Self::ParkedElsewise { state, .. } => json!({ "state": state }),
             Self::IllegalMove { order_id, status, allowed } => {
@@ -186,6 +214,7 @@ impl Problem {
     /// As a response that is not counted: to those who look after the service.
     pub(crate) fn render(self) -> Response {
         let (status, kind, title) = self.kind();
+        let is_undecided = matches!(self, Self::KeyUndecided { .. });
         let mut body = self.members();
         body.insert("type".into(), format!("urn:orderstream:problem:{kind}").into());
         body.insert("title".into(), title.into());
@@ -199,7 +228,7 @@ impl Problem {
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        if status == StatusCode::SERVICE_UNAVAILABLE || is_undecided {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());
         }
         response

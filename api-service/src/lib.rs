@@ -11,6 +11,7 @@ mod change;
 pub mod config;
 mod error;
 mod http;
+mod idempotency;
 mod identity;
 mod json;
 mod orders;
@@ -75,6 +76,7 @@ pub async fn run(
     vital.spawn(serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone()));
     vital.spawn(look_after_outbox(outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
     vital.spawn(wait_for_start(replies.clone(), migrated.clone(), started.clone(), stop.clone()));
+    vital.spawn(forget_keys(db.clone(), config.api.idempotency_ttl, migrated.clone(), stop.clone()));
     if let (Identity::Jwt(tokens), Some(path)) = (&identity, config.auth.jwks_file()) {
         let (tokens, stop) = (tokens.clone(), stop.clone());
         vital.spawn(async move {
@@ -184,6 +186,20 @@ async fn serve_kafka(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     stop.run_until_cancelled(acks::listen(config.kafka, producer, replies, waiters)).await;
+    Ok(())
+}
+
+async fn forget_keys(
+    db: Db,
+    ttl: Duration,
+    migrated: CancellationToken,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let forget = async {
+        migrated.cancelled().await;
+        idempotency::forget_old_keys(db, ttl).await;
+    };
+    stop.run_until_cancelled(forget).await;
     Ok(())
 }
 

@@ -14,10 +14,11 @@ use uuid::Uuid;
 
 use crate::{
     acks::ReplyAddress,
-    change::{self, State},
+    change::{self, Expected, State},
     error::Problem,
+    idempotency::{Claim, is_undecided},
     request::Upsert,
-    store::read,
+    store::{keys::Known, read},
     waiters::{Waiter, Waiters},
     writer::{Move, Origin, Work, Writer, Written},
 };
@@ -44,6 +45,10 @@ pub(crate) struct Conditions {
     pub wait: Option<Instant>,
     /// Trace context of the request.
     pub trace: Headers,
+    /// What the caller says that the order's version is.
+    pub expected: Option<Expected>,
+    /// The caller's idempotency key.
+    pub claim: Option<Claim>,
 }
 
 /// What a request asked for.
@@ -78,6 +83,8 @@ pub(crate) struct Done {
     pub state: State,
     pub superseded_by: Option<i64>,
     pub progress: Progress,
+    /// Told again to a request that has the same idempotency key.
+    pub is_replay: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,19 +102,23 @@ pub(crate) enum Progress {
 impl Done {
     /// As the database has it; the version is this request's own.
     fn new(operation: Operation, order_id: Uuid, correlation_id: Uuid, state: State, progress: Progress) -> Self {
-        Self { operation, order_id, correlation_id, version: state.version, state, superseded_by: None, progress }
+        let (version, superseded_by, is_replay) = (state.version, None, false);
+        Self { operation, order_id, correlation_id, version, state, superseded_by, progress, is_replay }
     }
 }
 
 impl Orders {
     /// Makes the change durable. With a deadline, also waits for the worker's answer until then.
     pub(crate) async fn submit(&self, upsert: Upsert, conditions: Conditions) -> Result<Done, Problem> {
-        let Conditions { wait, trace } = conditions;
+        let Conditions { wait, trace, expected, claim } = conditions;
+        if expected.is_some() && matches!(upsert, Upsert::Create(_)) {
+            return Err(Problem::Precondition { order: None });
+        }
         let correlation_id = Uuid::now_v7();
         // Before the write: an answer that comes first would find nobody.
         let waiter = wait.and_then(|_| self.park(correlation_id));
         let reply_to = waiter.as_ref().and_then(|_| self.replies.for_request(correlation_id));
-        let origin = Origin { correlation_id, reply_to, trace };
+        let origin = Origin { correlation_id, reply_to, trace, expected, claim };
         let (operation, work) = match upsert {
             Upsert::Create(order) => {
                 (Operation::Created, Work::Create(Box::new(change::new_row(order, &origin, now(), &self.topic))))
@@ -132,13 +143,20 @@ impl Orders {
                 let deadline = wait.filter(|_| waiter.is_some());
                 self.repeat(order_id, correlation_id, wait.is_some(), deadline).await
             }
+            Written::Repeated(known) => self.replay(operation, *known).await,
         }
     }
 
     /// Puts the order in another state; nobody waits, since the worker only notes it.
     pub(crate) async fn relocate(&self, change: Move, conditions: Conditions) -> Result<Done, Problem> {
         let (operation, correlation_id) = (Operation::Moved, Uuid::now_v7());
-        let origin = Origin { correlation_id, reply_to: None, trace: conditions.trace };
+        let origin = Origin {
+            correlation_id,
+            reply_to: None,
+            trace: conditions.trace,
+            expected: conditions.expected,
+            claim: conditions.claim,
+        };
         match self.writer.write(Work::Move(change), origin).await? {
             Written::Now { order_id, state } => {
                 metrics::counter!("orderstream_orders_accepted_total", "op" => operation.name()).increment(1);
@@ -147,6 +165,7 @@ impl Orders {
             Written::Nothing { order_id, state } => {
                 Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Answered))
             }
+            Written::Repeated(known) => self.replay(operation, *known).await,
             Written::Before { .. } => Err(Problem::Internal), // only what creates has a before
         }
     }
@@ -221,12 +240,35 @@ impl Orders {
         match answer.filter(|answer| answer.status != AckStatus::Failed) {
             Some(answer) => answered(Done { progress: Progress::Repeated, ..done }, answer)
                 .map(|done| Done { progress: Progress::Repeated, ..done }),
-            None => {
-                let order = self.order(order_id).await?;
-                let (amount, currency) = order.map_or((None, None), |order| (order.amount, order.currency));
-                Ok(Done { state: State { amount, currency, ..done.state }, ..done })
-            }
+            None => self.with_amount(done).await,
         }
+    }
+
+    /// Tells again what became of the request that had this idempotency key first.
+    async fn replay(&self, operation: Operation, known: Known) -> Result<Done, Problem> {
+        let (order_id, correlation_id) = (known.order_id, known.correlation_id);
+        let request = read::request(&self.db, order_id, correlation_id).await?.ok_or(Problem::Internal)?;
+        metrics::counter!("orderstream_requests_repeated_total").increment(1);
+        let state = State { status: request.status, version: request.version, amount: None, currency: None };
+        // Nobody waits for these to be handled, nor did the first caller.
+        let is_over = request.ignored || operation == Operation::Moved;
+        let progress = if is_over { Progress::Stored } else { Progress::Pending };
+        let done = Done::new(operation, order_id, correlation_id, state, progress);
+        let done = Done { version: known.version, is_replay: true, ..done };
+        match request.answer.filter(|answer| answer.status != AckStatus::Failed && !is_over) {
+            Some(answer) => answered(done, answer),
+            None if !is_over && is_undecided(known.answer_by) => {
+                Err(Problem::KeyUndecided { order_id, correlation_id })
+            }
+            None => self.with_amount(done).await,
+        }
+    }
+
+    /// With what the order comes to, as far as that is known.
+    async fn with_amount(&self, done: Done) -> Result<Done, Problem> {
+        let order = self.order(done.order_id).await?;
+        let (amount, currency) = order.map_or((None, None), |order| (order.amount, order.currency));
+        Ok(Done { state: State { amount, currency, ..done.state }, ..done })
     }
 
     /// The answer to a request that another caller made, perhaps of another replica: it comes to

@@ -29,10 +29,18 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
-    change::{self, Context, Decided},
+    change::{self, Context, Decided, Expected},
     error::Problem,
+    idempotency::Claim,
     request::{Change, Target},
-    store::{change as store_change, insert, insert::NewRow, read},
+    store::{
+        change as store_change,
+        change::ChangedRow,
+        insert,
+        insert::NewRow,
+        keys::{self, KeyRow, Known},
+        read,
+    },
 };
 
 /// Most changes in one transaction. Beyond this nothing is won, and one bad one costs more.
@@ -73,6 +81,16 @@ pub(crate) enum Destination {
 }
 
 impl Work {
+    /// The order that is to be changed; a new one is none.
+    pub(crate) fn target(&self) -> Option<&Target> {
+        match self {
+            Self::Create(_) => None,
+            Self::Update(change) => Some(&change.target),
+            Self::Delete(target) => Some(target),
+            Self::Move(change) => Some(&change.target),
+        }
+    }
+
     /// About how much memory it holds, at least 1.
     fn kib(&self) -> u32 {
         let bytes = match self {
@@ -91,6 +109,10 @@ pub(crate) struct Origin {
     pub reply_to: Option<ReplyTo>,
     /// Trace context of the request.
     pub trace: Headers,
+    /// What the caller says that the order's version is.
+    pub expected: Option<Expected>,
+    /// The caller's idempotency key.
+    pub claim: Option<Claim>,
 }
 
 /// A change that is durable now.
@@ -100,6 +122,8 @@ pub(crate) enum Written {
     Now { order_id: Uuid, state: Box<change::State> },
     /// The same order was created before, by this request.
     Before { order_id: Uuid, correlation_id: Uuid },
+    /// A request with this idempotency key did it before.
+    Repeated(Box<Known>),
     /// There was nothing left to do.
     Nothing { order_id: Uuid, state: Box<change::State> },
 }
@@ -148,10 +172,12 @@ impl Writer {
         const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
-        self.lane(&work).try_send(Command { work, origin, reply, _room: room }).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => FULL,
-            mpsc::error::TrySendError::Closed(_) => Problem::Unavailable("shutting down"),
-        })?;
+        self.lane(&work, &origin).try_send(Command { work, origin, reply, _room: room }).map_err(
+            |error| match error {
+                mpsc::error::TrySendError::Full(_) => FULL,
+                mpsc::error::TrySendError::Closed(_) => Problem::Unavailable("shutting down"),
+            },
+        )?;
         written.await.unwrap_or(Err(Problem::Unavailable(
             "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
         )))
@@ -159,11 +185,12 @@ impl Writer {
 
     /// What concerns one order or one external id goes to one writer: two would only wait for
     /// each other's locks.
-    fn lane(&self, work: &Work) -> &mpsc::Sender<Command> {
-        let (hash, queues) = match Key::of(work) {
+    fn lane(&self, work: &Work, origin: &Origin) -> &mpsc::Sender<Command> {
+        let own = Key::of_claim(origin).filter(|_| matches!(work, Work::Create(_)));
+        let (hash, queues) = match Key::of(work).or(own) {
             Some(Key::Order(id)) => (xxh3_64(id.as_bytes()), &self.changes),
-            Some(Key::External(user_id, external_id)) => {
-                (xxh3_64(user_id.as_bytes()) ^ xxh3_64(external_id.as_bytes()), &self.creates)
+            Some(Key::External(scope, id) | Key::Idempotency(scope, id)) => {
+                (xxh3_64(scope.as_bytes()) ^ xxh3_64(id.as_bytes()), &self.creates)
             }
             None => (self.next.fetch_add(1, Ordering::Relaxed) as u64, &self.creates),
         };
@@ -176,6 +203,7 @@ impl Writer {
 enum Key {
     Order(Uuid),
     External(String, String),
+    Idempotency(String, String),
 }
 
 impl Key {
@@ -184,10 +212,14 @@ impl Key {
             Work::Create(row) => {
                 row.external_id.clone().map(|external_id| Self::External(row.user_id.clone(), external_id))
             }
-            Work::Update(change) => Some(Self::Order(change.target.order_id)),
-            Work::Delete(target) => Some(Self::Order(target.order_id)),
-            Work::Move(change) => Some(Self::Order(change.target.order_id)),
+            Work::Update(_) | Work::Delete(_) | Work::Move(_) => {
+                work.target().map(|target| Self::Order(target.order_id))
+            }
         }
+    }
+
+    fn of_claim(origin: &Origin) -> Option<Self> {
+        origin.claim.as_ref().map(|claim| Self::Idempotency(claim.scope.clone(), claim.key.clone()))
     }
 }
 
@@ -218,9 +250,12 @@ impl Task {
         }
         while batch.len() < BATCH {
             let Some(command) = self.later.pop_front().or_else(|| self.queue.try_recv().ok()) else { break };
-            match Key::of(&command.work) {
-                Some(key) if !keys.insert(key.clone()) => again.push_back(command),
-                _ => batch.push(command),
+            let own: Vec<Key> = Key::of(&command.work).into_iter().chain(Key::of_claim(&command.origin)).collect();
+            if own.iter().any(|key| keys.contains(key)) {
+                again.push_back(command);
+            } else {
+                keys.extend(own);
+                batch.push(command);
             }
             // One order changed again and again must not grow this beyond all bounds.
             if again.len() >= BATCH {
@@ -289,45 +324,112 @@ impl Task {
         part: &[Command],
     ) -> Result<Vec<Result<Written, Problem>>, DbError> {
         let deadline = self.db.settings.write_timeout;
-        let rows: Vec<&NewRow> = part
+        let rows: Vec<(&NewRow, Option<&Claim>)> = part
             .iter()
-            .filter_map(|command| if let Work::Create(row) = &command.work { Some(&**row) } else { None })
+            .filter_map(|command| match &command.work {
+                Work::Create(row) => Some((&**row, command.origin.claim.as_ref())),
+                Work::Update(_) | Work::Delete(_) | Work::Move(_) => None,
+            })
             .collect();
         let began = Instant::now();
-        let stored = connection.within(deadline, insert::insert_orders(connection, &rows, &self.topic)).await?;
-        let placed = rows.iter().filter_map(|row| Some(placed(row, stored.get(&row.order_id)?)));
+        let (stored, claimed) = if rows.iter().any(|(_, claim)| claim.is_some()) {
+            connection.transaction(deadline, self.insert_claimed(connection, &rows)).await?
+        } else {
+            let rows: Vec<&NewRow> = rows.iter().map(|(row, _)| *row).collect();
+            let stored = insert::insert_orders(connection, &rows, &self.topic);
+            (connection.within(deadline, stored).await?, HashSet::new())
+        };
+        let placed = rows.iter().filter_map(|(row, _)| Some(placed(row, stored.get(&row.order_id)?)));
         self.outbox.publish(placed.collect(), began);
         let mut results = Vec::with_capacity(rows.len());
-        for row in rows {
-            results.push(if stored.contains_key(&row.order_id) {
-                Ok(written(row))
-            } else {
-                // Its neighbours are stored: what goes wrong from here on is this one's alone.
-                connection.within(deadline, self.create_again(connection, row)).await.unwrap_or_else(|e| Err(e.into()))
-            });
+        for (row, claim) in rows {
+            // Its neighbours are stored: what goes wrong from here on is this one's alone.
+            let result = match claim {
+                _ if stored.contains_key(&row.order_id) => Ok(Ok(written(row))),
+                Some(claim) if !claimed.contains(&row.correlation_id) => {
+                    connection.within(deadline, replay(connection, claim)).await
+                }
+                claim => self.create_again(connection, row, claim).await,
+            };
+            results.push(result.unwrap_or_else(|error| Err(error.into())));
         }
         Ok(results)
     }
 
+    /// Takes the rows' keys first, and stores those whose key was free, or that have none. Where
+    /// their events lie, and whose keys were free.
+    async fn insert_claimed(
+        &self,
+        connection: &Connection,
+        rows: &[(&NewRow, Option<&Claim>)],
+    ) -> Result<(HashMap<Uuid, String>, HashSet<Uuid>), DbError> {
+        let keys: Vec<KeyRow<'_>> = rows.iter().filter_map(|(row, claim)| Some(key_row(row, (*claim)?))).collect();
+        let claimed = keys::claim_keys(connection, &keys, now()).await?;
+        let is_free =
+            |(row, claim): &&(&NewRow, Option<&Claim>)| claim.is_none() || claimed.contains(&row.correlation_id);
+        let fresh: Vec<&NewRow> = rows.iter().filter(is_free).map(|(row, _)| *row).collect();
+        let stored = match fresh.as_slice() {
+            [] => HashMap::new(),
+            fresh => insert::insert_orders(connection, fresh, &self.topic).await?,
+        };
+        // Somebody has their external id: what their key has done is not decided yet.
+        let in_vain: Vec<&Claim> = rows
+            .iter()
+            .filter(is_free)
+            .filter(|(row, _)| !stored.contains_key(&row.order_id))
+            .filter_map(|(_, claim)| *claim)
+            .collect();
+        if !in_vain.is_empty() {
+            keys::free_keys(connection, &in_vain).await?;
+        }
+        Ok((stored, claimed))
+    }
+
     /// An order whose external id was taken: by the same order, another one, or a deleted one.
-    async fn create_again(&self, connection: &Connection, row: &NewRow) -> Result<Result<Written, Problem>, DbError> {
+    async fn create_again(
+        &self,
+        connection: &Connection,
+        row: &NewRow,
+        claim: Option<&Claim>,
+    ) -> Result<Result<Written, Problem>, DbError> {
+        let deadline = self.db.settings.write_timeout;
         let external_id = row.external_id.as_deref().unwrap_or_default();
         // When a deleted order's id was taken by somebody quicker, that one has it; unless it is
         // deleted, too, by the time we look.
         for _ in 0..CONTENTION_RETRIES {
-            let Some(found) = read::reference(connection, &row.user_id, external_id).await? else { break };
+            let found = connection.within(deadline, read::reference(connection, &row.user_id, external_id)).await?;
+            let Some(found) = found else { break };
             if !found.deleted {
-                return Ok(match found.correlation_id {
+                return match found.correlation_id {
                     Some(correlation_id) if found.fingerprint == row.fingerprint.0.to_be_bytes() => {
-                        Ok(Written::Before { order_id: found.order_id, correlation_id })
+                        let order_id = found.order_id;
+                        let key = claim.map(|claim| KeyRow { order_id, correlation_id, ..key_row(row, claim) });
+                        let before = Written::Before { order_id, correlation_id };
+                        connection.within(deadline, note_key(connection, key, before)).await
                     }
-                    _ => Err(Problem::ExternalIdTaken { order_id: found.order_id }),
-                });
+                    _ => Ok(Err(Problem::ExternalIdTaken { order_id: found.order_id })),
+                };
             }
             let began = Instant::now();
-            if let Some(place) = insert::insert_in_place_of_deleted(connection, row, &self.topic).await? {
-                self.outbox.publish(vec![placed(row, &place)], began);
-                return Ok(Ok(written(row)));
+            let work = async {
+                if let Some(claim) = claim
+                    && keys::claim_keys(connection, &[key_row(row, claim)], now()).await?.is_empty()
+                {
+                    return Ok(Err(replay(connection, claim).await?));
+                }
+                let place = insert::insert_in_place_of_deleted(connection, row, &self.topic).await?;
+                if let (None, Some(claim)) = (&place, claim) {
+                    keys::free_keys(connection, &[claim]).await?;
+                }
+                Ok(Ok(place))
+            };
+            match connection.transaction(deadline, work).await? {
+                Ok(Some(place)) => {
+                    self.outbox.publish(vec![placed(row, &place)], began);
+                    return Ok(Ok(written(row)));
+                }
+                Ok(None) => {}
+                Err(replayed) => return Ok(replayed),
             }
         }
         Ok(Err(Problem::Unavailable("this external id is being taken by others")))
@@ -338,32 +440,57 @@ impl Task {
         connection: &Connection,
         part: &[Command],
     ) -> Result<Vec<Result<Written, Problem>>, DbError> {
-        let targets = part.iter().map(|command| match &command.work {
-            Work::Update(change) => change.target.order_id,
-            Work::Delete(target) => target.order_id,
-            Work::Move(change) => change.target.order_id,
-            Work::Create(row) => row.order_id,
-        });
-        let ids: Vec<Uuid> = targets.collect();
+        let ids: Vec<Uuid> =
+            part.iter().map(|command| command.work.target().map_or(Uuid::nil(), |target| target.order_id)).collect();
         let work = async {
             let locked = store_change::lock_orders(connection, &ids).await?;
             // After the locks: what happened before us has an earlier time than we.
             let (at, began) = (now(), Instant::now());
             let mut locked: HashMap<_, _> = locked.into_iter().map(|order| (order.order_id, order)).collect();
+            let known = known_keys(connection, part.iter()).await?;
             let mut rows = Vec::with_capacity(part.len());
             let mut results = Vec::with_capacity(part.len());
-            for (command, order_id) in part.iter().zip(&ids) {
+            for (index, (command, order_id)) in part.iter().zip(&ids).enumerate() {
                 let (lifecycles, topic) = (self.lifecycles, self.topic.as_str());
                 let context = Context { lifecycles, origin: &command.origin, at, topic };
-                let decided = match locked.remove(order_id) {
-                    Some(order) => change::decide(order, &command.work, context),
-                    None => Err(Problem::UnknownOrder),
+                let decided = match (replayed(command, &known), locked.remove(order_id)) {
+                    (Some(replayed), _) => {
+                        results.push(replayed);
+                        continue;
+                    }
+                    (None, Some(order)) => change::decide(order, &command.work, context),
+                    (None, None) => Err(Problem::UnknownOrder),
                 };
                 results.push(decided.map(|Decided { row, written }| {
-                    rows.push(row);
+                    rows.push((index, row));
                     written
                 }));
             }
+            let claims: Vec<KeyRow<'_>> = rows
+                .iter()
+                .filter_map(|(index, row)| {
+                    let (order_id, version, correlation_id) =
+                        (row.order.order_id, row.order.version, row.correlation_id);
+                    Some(KeyRow { claim: part[*index].origin.claim.as_ref()?, order_id, version, correlation_id })
+                })
+                .collect();
+            if !claims.is_empty() {
+                // Who has the same key for another order, and was quicker.
+                let claimed = keys::claim_keys(connection, &claims, at).await?;
+                let is_lost = |row: &ChangedRow, index: usize| {
+                    part[index].origin.claim.is_some() && !claimed.contains(&row.correlation_id)
+                };
+                if claimed.len() < claims.len() {
+                    let lost: Vec<usize> =
+                        rows.iter().filter(|(index, row)| is_lost(row, *index)).map(|(index, _)| *index).collect();
+                    rows.retain(|(index, _)| !lost.contains(index));
+                    let known = known_keys(connection, lost.iter().map(|index| &part[*index])).await?;
+                    for index in lost {
+                        results[index] = replayed(&part[index], &known).unwrap_or(Err(KEY_CONTENDED));
+                    }
+                }
+            }
+            let rows: Vec<ChangedRow> = rows.into_iter().map(|(_, row)| row).collect();
             let sent = match rows.as_slice() {
                 [] => Vec::new(),
                 rows => store_change::write_changes(connection, rows, at).await?,
@@ -374,6 +501,48 @@ impl Task {
         self.outbox.publish(sent, began);
         Ok(results)
     }
+}
+
+const KEY_CONTENDED: Problem = Problem::Unavailable("this Idempotency-Key is being used by others");
+
+/// What is known of the keys of these commands.
+async fn known_keys<'a>(
+    connection: &Connection,
+    commands: impl Iterator<Item = &'a Command>,
+) -> Result<Vec<Known>, DbError> {
+    let claims: Vec<&Claim> = commands.filter_map(|command| command.origin.claim.as_ref()).collect();
+    if claims.is_empty() { Ok(Vec::new()) } else { keys::find_keys(connection, &claims).await }
+}
+
+/// What the command's key has done before, if it did.
+fn replayed(command: &Command, known: &[Known]) -> Option<Result<Written, Problem>> {
+    let claim = command.origin.claim.as_ref()?;
+    let known = known.iter().find(|known| known.scope == claim.scope && known.key == claim.key)?;
+    Some(claim.replay(known.clone()).map(|known| Written::Repeated(Box::new(known))))
+}
+
+/// What this key has done, that somebody else has taken.
+async fn replay(connection: &Connection, claim: &Claim) -> Result<Result<Written, Problem>, DbError> {
+    let known = keys::find_keys(connection, &[claim]).await?.pop();
+    Ok(known.ok_or(KEY_CONTENDED).and_then(|known| claim.replay(known)).map(|known| Written::Repeated(Box::new(known))))
+}
+
+/// Keeps what the key's request has found done before, unless the key has done something itself.
+async fn note_key(
+    connection: &Connection,
+    key: Option<KeyRow<'_>>,
+    before: Written,
+) -> Result<Result<Written, Problem>, DbError> {
+    match key {
+        Some(key) if keys::claim_keys(connection, std::slice::from_ref(&key), now()).await?.is_empty() => {
+            replay(connection, key.claim).await
+        }
+        _ => Ok(Ok(before)),
+    }
+}
+
+fn key_row<'a>(row: &NewRow, claim: &'a Claim) -> KeyRow<'a> {
+    KeyRow { claim, order_id: row.order_id, version: 1, correlation_id: row.correlation_id }
 }
 
 fn placed(row: &NewRow, place: &str) -> Placed {

@@ -1,6 +1,7 @@
 //! The HTTP API: routes, limits, and what is the same for every request.
 
 pub(crate) mod admin;
+mod conditions;
 mod operations;
 mod orders;
 mod prefer;

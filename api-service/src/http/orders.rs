@@ -24,6 +24,7 @@ use uuid::Uuid;
 
 use super::{
     App, BODY_TIMEOUT,
+    conditions::{IDEMPOTENCY_REPLAYED, claim_of_upsert, if_match},
     prefer::{PREFERENCE_APPLIED, preference},
 };
 use crate::{
@@ -49,9 +50,15 @@ pub(super) async fn submit(
     check_content_type(&parts.headers)?;
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
     let upsert = request::parse(&body.bytes, &caller, &app.defaults)?;
-    drop(body);
     let preference = preference(&parts.headers, app.limits);
-    let conditions = Conditions { wait: preference.wait.map(|wait| arrived + wait), trace: trace(&parts.headers) };
+    let claim = claim_of_upsert(&parts.headers, &caller, &upsert, &body.bytes, preference.wait)?;
+    drop(body);
+    let conditions = Conditions {
+        wait: preference.wait.map(|wait| arrived + wait),
+        trace: trace(&parts.headers),
+        expected: if_match(&parts.headers)?,
+        claim,
+    };
     let done = app.orders.submit(upsert, conditions).await?;
     let mut response = render(&done);
     if let Some(applied) = preference.applied {
@@ -172,6 +179,9 @@ fn render(done: &Done) -> Response {
     }
     if status == StatusCode::ACCEPTED {
         headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());
+    }
+    if done.is_replay {
+        headers.insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
     }
     headers.insert(header::ETAG, super::reads::etag(done.state.version));
     response

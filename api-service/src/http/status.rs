@@ -4,7 +4,7 @@
 use axum::{
     Extension,
     extract::{Path, Request, State, rejection::PathRejection},
-    http::{HeaderMap, header},
+    http::{HeaderMap, HeaderValue, header},
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::{
     App,
+    conditions::{IDEMPOTENCY_REPLAYED, claim_of_move, if_match},
     orders::{check_content_type, read_body, trace},
     reads::{etag, json},
 };
@@ -87,8 +88,17 @@ async fn relocate(
     to: Destination,
 ) -> Result<Response, Problem> {
     let user_id = caller.only().map(ToOwned::to_owned);
+    let what = match &to {
+        Destination::State(state) => format!("to {state}"),
+        Destination::Cancelled => "cancel".to_owned(),
+    };
     let change = Move { target: Target { order_id: order_id_of(id), user_id }, to };
-    let conditions = Conditions { wait: None, trace: trace(headers) };
+    let conditions = Conditions {
+        wait: None,
+        trace: trace(headers),
+        expected: if_match(headers)?,
+        claim: claim_of_move(headers, caller, &change.target, &what)?,
+    };
     Ok(render(id, &app.orders.relocate(change, conditions).await?))
 }
 
@@ -120,5 +130,9 @@ fn render(asked_id: &str, done: &Done) -> Response {
         order_version: done.state.version,
         correlation_id: done.correlation_id,
     };
-    ([(header::ETAG, etag(done.state.version))], json(&answer)).into_response()
+    let mut response = ([(header::ETAG, etag(done.state.version))], json(&answer)).into_response();
+    if done.is_replay {
+        response.headers_mut().insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
+    }
+    response
 }

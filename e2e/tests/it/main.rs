@@ -9,6 +9,8 @@ mod clock;
 mod compose;
 mod deletes;
 mod features;
+mod idempotency;
+mod identity;
 mod kills;
 mod lifecycles;
 mod load;
