@@ -1,6 +1,7 @@
 //! The HTTP API: routes, limits, and what is the same for every request.
 
 pub(crate) mod admin;
+mod lists;
 mod operations;
 mod orders;
 mod prefer;
@@ -51,7 +52,8 @@ pub(crate) struct AppState {
 
 pub(crate) fn router(app: App) -> Router {
     Router::new()
-        .route("/orders", post(orders::submit))
+        .route("/orders", post(orders::submit).get(lists::all))
+        .route("/users/{user_id}/orders", get(lists::of_user))
         .route("/orders/by-external/{external_id}", get(reads::by_external))
         .route("/orders/{order_id}", get(reads::order))
         .route("/orders/{order_id}/history", get(reads::history))

@@ -2,6 +2,7 @@
 
 pub(crate) mod change;
 pub(crate) mod insert;
+pub(crate) mod list;
 pub(crate) mod read;
 
 use serde_json::value::RawValue;
