@@ -24,3 +24,4 @@ mod secure;
 mod settings;
 mod shutdown;
 mod waiting;
+mod watch;
