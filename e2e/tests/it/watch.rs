@@ -91,12 +91,17 @@ async fn a_delete_ends_the_stream_and_a_final_state_that_was_left_is_gone_throug
     let system = System::new().await;
     let (api, _worker) = (system.api().await, system.worker().await);
     let http = api.http();
-    let order_id = http.post_order(&order("user")).await.expect_status(201).text("order_id");
-    let update = json!({ "order_id": order_id, "notes": "again" });
-    http.post_order(&update).await.expect_status(200);
-    // new, done, new, done: a client that saw the first done goes on to the second.
+    let broken = json!({ "user_id": "user", "payload": { "amount": 1, "currency": "XQZ" } });
+    let order_id = http.post_order(&broken).await.expect_status(422).text("order_id");
+    let mended = json!({ "order_id": order_id, "payload": { "amount": 1, "currency": "EUR" } });
+    http.post_order(&mended).await.expect_status(200);
+    http.send(Method::POST, &format!("/orders/{order_id}/cancel"), &[], Bytes::new())
+        .await
+        .expect("an answer")
+        .expect_status(200);
+    // new, rejected; new, done, cancelled: who saw the first end goes on to the second.
     assert_eq!(ids(&rest(open(http, &order_id, Some("0")).await).await), ["1", "2"]);
-    assert_eq!(ids(&rest(open(http, &order_id, Some("2")).await).await), ["3", "4"]);
+    assert_eq!(ids(&rest(open(http, &order_id, Some("2")).await).await), ["3", "4", "5"]);
     http.post_order(&json!({ "order_id": order_id, "status": "deleted" })).await.expect_status(200);
     let last = rest(open(http, &order_id, None).await).await;
     assert_eq!((last.len(), &last[0].data["to"], last[0].kind.as_str()), (1, &json!("deleted"), "order.deleted"));
