@@ -78,6 +78,12 @@ pub struct ApiSettings {
     /// How many callers may wait at once; more are told 202 at once
     #[arg(long, env = "MAX_WAITERS", value_name = "MAX_WAITERS", default_value = "10000")]
     pub max_waiters: usize,
+    /// How many callers may watch orders at once
+    #[arg(long, env = "MAX_WATCHERS", value_name = "MAX_WATCHERS", default_value = "10000")]
+    pub max_watchers: usize,
+    /// How often is looked for what happened to the orders that are watched
+    #[arg(long, env = "WATCH_INTERVAL", value_name = "WATCH_INTERVAL", default_value = "200ms", value_parser = settings::duration)]
+    pub watch_interval: Duration,
     /// Largest body of a request
     #[arg(long, env = "MAX_BODY_BYTES", value_name = "MAX_BODY_BYTES", default_value = "262144")]
     pub max_body_bytes: usize,
@@ -199,7 +205,8 @@ impl Config {
             AuthMode::Header => Ok(Identity::Header),
             AuthMode::Jwt => {
                 let source = auth.source()?;
-                Ok(Identity::Jwt(Tokens::new(&source, given(&auth.jwt_issuer), given(&auth.jwt_audience))?))
+                let tokens = Tokens::new(&source, given(&auth.jwt_issuer), given(&auth.jwt_audience))?;
+                Ok(Identity::Jwt(Arc::new(tokens)))
             }
         }
     }

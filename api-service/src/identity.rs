@@ -3,6 +3,8 @@
 
 pub(crate) mod token;
 
+use std::sync::Arc;
+
 use axum::http::{HeaderMap, HeaderName, header};
 use shared::order::MAX_ID;
 
@@ -20,7 +22,7 @@ pub(crate) enum Identity {
     /// A gateway before us has made sure of `X-User-Id` and `X-User-Role`.
     Header,
     /// `Authorization: Bearer` with a signed token.
-    Jwt(Tokens),
+    Jwt(Arc<Tokens>),
 }
 
 /// Somebody who makes a request.

@@ -18,6 +18,7 @@ mod orders;
 mod request;
 mod store;
 mod waiters;
+mod watch;
 mod writer;
 
 use std::{sync::Arc, time::Duration};
@@ -36,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     acks::ReplyAddress, config::Config, http::AppState, identity::Identity, orders::Orders, waiters::Waiters,
-    writer::Writer,
+    watch::Watchers, writer::Writer,
 };
 
 /// How long the start waits for Kafka before it serves without it.
@@ -84,6 +85,14 @@ pub async fn run(
             Ok(())
         });
     }
+    let watchers = Watchers::new(config.api.max_watchers, defaults.lifecycles);
+    vital.spawn({
+        let telling = watchers.clone().tell(db.clone(), config.api.watch_interval, leaving.clone());
+        async move {
+            telling.await;
+            Ok(())
+        }
+    });
     let deleter = tokio::spawn(deleter);
 
     let admin = admin.map(|listener| {
@@ -103,6 +112,7 @@ pub async fn run(
     let app = Arc::new(AppState {
         orders,
         identity,
+        watchers,
         defaults,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,

@@ -200,7 +200,9 @@ impl Lifecycle {
         self.states.iter().find(|state| state.name == name)
     }
 
-    fn is_terminal(&self, name: &str) -> bool {
+    /// Does no trigger leave this state?
+    #[must_use]
+    pub fn is_terminal(&self, name: &str) -> bool {
         name == DELETED || self.state(name).is_some_and(|state| state.terminal)
     }
 

@@ -6,6 +6,7 @@
 
 mod bounded;
 mod database;
+mod events;
 mod gate;
 mod http;
 mod instances;
@@ -19,6 +20,7 @@ mod wait;
 
 pub use bounded::{Turn, alone, beside_others};
 pub use database::{Dsn, TestDb};
+pub use events::{Event, EventStream};
 pub use gate::CommitGate;
 pub use http::{HttpClient, Reply};
 pub use hyper::Method;

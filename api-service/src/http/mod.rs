@@ -2,11 +2,13 @@
 
 pub(crate) mod admin;
 mod conditions;
+mod lists;
 mod operations;
 mod orders;
 mod prefer;
 mod reads;
 mod status;
+mod watch;
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,6 +29,7 @@ use crate::{
     identity::Identity,
     orders::{Orders, WaitLimits},
     request::Defaults,
+    watch::Watchers,
 };
 
 /// A body that has not arrived by then is not waited for.
@@ -38,6 +41,7 @@ pub(crate) type App = Arc<AppState>;
 pub(crate) struct AppState {
     pub orders: Orders,
     pub identity: Identity,
+    pub watchers: Watchers,
     pub defaults: Defaults,
     pub limits: WaitLimits,
     pub max_body_bytes: usize,
@@ -52,10 +56,12 @@ pub(crate) struct AppState {
 
 pub(crate) fn router(app: App) -> Router {
     Router::new()
-        .route("/orders", post(orders::submit))
+        .route("/orders", post(orders::submit).get(lists::all))
+        .route("/users/{user_id}/orders", get(lists::of_user))
         .route("/orders/by-external/{external_id}", get(reads::by_external))
         .route("/orders/{order_id}", get(reads::order))
         .route("/orders/{order_id}/history", get(reads::history))
+        .route("/orders/{order_id}/watch", get(watch::watch))
         .route("/orders/{order_id}/requests/{correlation_id}", get(reads::request))
         .route("/orders/{order_id}/status", put(status::set).patch(status::set))
         .route("/orders/{order_id}/cancel", post(status::cancel))

@@ -3,7 +3,7 @@
 use axum::{
     Extension,
     extract::{Path, Query, State, rejection::PathRejection, rejection::QueryRejection},
-    http::{HeaderValue, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
@@ -21,8 +21,9 @@ pub(super) async fn order(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    Ok(render(&visible_order(&app, &caller, path).await?))
+    Ok(render(&visible_order(&app, &caller, path).await?, &headers))
 }
 
 #[derive(Deserialize)]
@@ -35,6 +36,7 @@ pub(super) async fn by_external(
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
     query: Result<Query<ByExternal>, QueryRejection>,
+    headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let external_id = text(path)?;
     let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
@@ -49,7 +51,7 @@ pub(super) async fn by_external(
         return Err(Problem::UnknownOrder);
     }
     let found = read::order_by_external(&app.orders.db, user_id, &external_id).await?;
-    Ok(render(&found.ok_or(Problem::UnknownOrder)?))
+    Ok(render(&found.ok_or(Problem::UnknownOrder)?, &headers))
 }
 
 pub(super) async fn history(
@@ -108,7 +110,7 @@ pub(super) async fn request(
 }
 
 /// The order, if there is one and the caller may see it.
-async fn visible_order(
+pub(super) async fn visible_order(
     app: &App,
     caller: &Caller,
     path: Result<Path<String>, PathRejection>,
@@ -126,8 +128,21 @@ fn uuid(text: &str, what: &str) -> Result<Uuid, Problem> {
     Uuid::try_parse(text).map_err(|_| Problem::Malformed(format!("{what} is not a UUID")))
 }
 
-fn render(order: &Order) -> Response {
-    ([(header::ETAG, etag(order.version))], json(order)).into_response()
+fn render(order: &Order, headers: &HeaderMap) -> Response {
+    let etag = etag(order.version);
+    if is_known(headers, &etag) {
+        return (StatusCode::NOT_MODIFIED, [(header::ETAG, etag)]).into_response();
+    }
+    ([(header::ETAG, etag)], json(order)).into_response()
+}
+
+/// Does the caller have it already? `If-None-Match` compares weakly (RFC 9110, section 13.1.2).
+fn is_known(headers: &HeaderMap, etag: &HeaderValue) -> bool {
+    let lists = headers.get_all(header::IF_NONE_MATCH).iter();
+    lists.flat_map(|list| list.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii).any(|tag| {
+        let tag = tag.strip_prefix(b"W/").unwrap_or(tag);
+        tag == b"*" || tag == etag.as_bytes()
+    })
 }
 
 /// A strong entity tag (RFC 9110, section 8.8.3).
@@ -138,4 +153,26 @@ pub(super) fn etag(version: i64) -> HeaderValue {
 pub(super) fn json<T: Serialize>(value: &T) -> impl IntoResponse + use<T> {
     // Our own types always serialize.
     ([(header::CONTENT_TYPE, "application/json")], serde_json::to_string(value).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_caller_has_already_is_compared_weakly() {
+        let known = |values: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(header::IF_NONE_MATCH, HeaderValue::from_static(value));
+            }
+            is_known(&headers, &etag(7))
+        };
+        for values in [&["\"7\""][..], &["W/\"7\""], &["*"], &["\"6\" , W/\"7\""], &["\"6\"", "\"7\""]] {
+            assert!(known(values), "{values:?}");
+        }
+        for values in [&[][..], &["\"6\""], &["7"], &["\"77\""], &["w/\"7\""], &[""]] {
+            assert!(!known(values), "{values:?}");
+        }
+    }
 }

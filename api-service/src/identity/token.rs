@@ -42,10 +42,9 @@ pub(crate) enum Source {
 }
 
 /// The keys of the moment.
-#[derive(Clone)]
 pub(crate) struct Tokens {
     validation: Validation,
-    keys: Arc<RwLock<Arc<Vec<Key>>>>,
+    keys: RwLock<Arc<Vec<Key>>>,
 }
 
 struct Key {
@@ -67,9 +66,7 @@ impl Tokens {
                 jwks_keys(&read(path)?).with_context(|| format!("JWT_JWKS_FILE={}", path.display()))?
             }
         };
-        let mut validation = Validation::default();
-        validation.leeway = LEEWAY.as_secs();
-        validation.validate_nbf = true;
+        let mut validation = Validation { leeway: LEEWAY.as_secs(), validate_nbf: true, ..Validation::default() };
         validation.required_spec_claims.insert("sub".to_owned());
         // A token that is for others is refused even where nobody said whom ours are for.
         if let Some(audience) = audience {
@@ -80,7 +77,7 @@ impl Tokens {
             validation.set_issuer(&[issuer]);
             validation.required_spec_claims.insert("iss".to_owned());
         }
-        Ok(Self { validation, keys: Arc::new(RwLock::new(Arc::new(keys))) })
+        Ok(Self { validation, keys: RwLock::new(Arc::new(keys)) })
     }
 
     /// The claims of a token that one of the keys has signed and that is good now.

@@ -3,7 +3,9 @@
 pub(crate) mod change;
 pub(crate) mod insert;
 pub(crate) mod keys;
+pub(crate) mod list;
 pub(crate) mod read;
+pub(crate) mod watch;
 
 use serde_json::value::RawValue;
 use tokio_postgres::Row;

@@ -41,6 +41,18 @@ pub(crate) struct Order {
     pub updated_at: OffsetDateTime,
 }
 
+impl Order {
+    /// About how many bytes it has as JSON.
+    pub(super) fn size(&self) -> usize {
+        const REST: usize = 512;
+        let texts = [&self.external_id, &self.shipping_address, &self.billing_address, &self.notes];
+        let json = [&self.items, &self.payload];
+        REST + self.user_id.len()
+            + texts.iter().filter_map(|text| text.as_deref()).map(str::len).sum::<usize>()
+            + json.iter().filter_map(|json| json.as_deref()).map(|json| json.get().len()).sum::<usize>()
+    }
+}
+
 /// One line of an order's history.
 #[derive(Debug, Serialize)]
 pub(crate) struct HistoryRow {
@@ -80,9 +92,10 @@ macro_rules! order_columns {
          right(o.tableoid::regclass::text, 1)::int as bucket, o.created_at, o.updated_at"
     };
 }
+pub(super) use order_columns;
 
 /// One statement on a connection of its own, under the deadline for reading.
-async fn query(db: &Db, sql: &'static str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, DbError> {
+pub(super) async fn query(db: &Db, sql: &'static str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, DbError> {
     let connection = db.connection().await?;
     connection.within(db.settings.query_timeout, query_on(&connection, sql, params)).await
 }
@@ -117,19 +130,7 @@ pub(crate) async fn history(db: &Db, order_id: Uuid) -> Result<Vec<HistoryRow>, 
     const SQL: &str = "
         select version, from_status, to_status, type, cause, ignored, at
         from order_events where order_id = $1 order by version, ignored, at, cause";
-    let rows = query(db, SQL, &[&order_id]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| HistoryRow {
-            version: row.get("version"),
-            from: row.get("from_status"),
-            to: row.get("to_status"),
-            event: row.get("type"),
-            cause: row.get("cause"),
-            ignored: row.get("ignored"),
-            at: row.get("at"),
-        })
-        .collect())
+    Ok(query(db, SQL, &[&order_id]).await?.iter().map(history_row).collect())
 }
 
 /// What became of a request, wherever it was made.
@@ -171,7 +172,19 @@ pub(crate) async fn reference(
     }))
 }
 
-fn order_of(row: &Row) -> Order {
+pub(super) fn history_row(row: &Row) -> HistoryRow {
+    HistoryRow {
+        version: row.get("version"),
+        from: row.get("from_status"),
+        to: row.get("to_status"),
+        event: row.get("type"),
+        cause: row.get("cause"),
+        ignored: row.get("ignored"),
+        at: row.get("at"),
+    }
+}
+
+pub(super) fn order_of(row: &Row) -> Order {
     let order_id = row.get("order_id");
     let payload = json(row, "payload");
     // Items that came inside the payload are stored once, there.

@@ -22,6 +22,10 @@ const ROUTES: &[(&str, &str, &str, &[u16])] = &[
     ("GET", "/orders/{order_id}", "", &[404]),
     ("GET", "/orders/{order_id}/history", "", &[404]),
     ("GET", "/orders/{order_id}/requests/{correlation_id}", "", &[404]),
+    ("GET", "/orders/{order_id}/watch", "", &[404]),
+    ("GET", "/orders?user_id={user}", "", &[404]),
+    ("GET", "/orders?user_id={user}&external_id={external}", "", &[404]),
+    ("GET", "/users/{user_id}/orders", "", &[404]),
     ("PUT", "/orders/{order_id}/status", r#"{"status":"processing"}"#, &[403]),
     ("PATCH", "/orders/{order_id}/status", r#"{"status":"processing"}"#, &[403]),
     ("POST", "/orders/{order_id}/cancel", "", &[404]),
@@ -106,6 +110,7 @@ async fn others_see_and_change_nothing(api: &Api, caller: fn(&str, Option<&str>)
         text.replace("{id}", &id)
             .replace("{order_id}", &id)
             .replace("{user}", "owner")
+            .replace("{user_id}", "owner")
             .replace("{external}", "market-1")
             .replace("{correlation_id}", &made.text("correlation_id"))
     };
@@ -118,6 +123,8 @@ async fn others_see_and_change_nothing(api: &Api, caller: fn(&str, Option<&str>)
         assert_eq!(nobody.status, 401, "{method} {path}: {}", nobody.summary());
         assert_eq!(nobody.problem(), "unauthenticated");
     }
+    let listed = thief.send(api.http(), "GET", "/orders", "").await.expect_status(200);
+    assert_eq!(listed.json(), json!([]));
     for path in OPEN {
         Caller(vec![]).send(api.http(), "GET", path, "").await.expect_status(200);
     }
@@ -184,7 +191,7 @@ async fn a_token_that_is_not_ours_is_nobodys() {
     without_sub.as_object_mut().expect("an object").remove("sub");
     let mut without_exp = claims("user");
     without_exp.as_object_mut().expect("an object").remove("exp");
-    let tampered = good.replacen(body, &signed(&claims("admin")).split('.').nth(1).unwrap_or_default().to_owned(), 1);
+    let tampered = good.replacen(body, &signed(&claims("admin")).split('.').nth(1).unwrap_or_default(), 1);
     for (what, token) in [
         ("forged", forged),
         ("of another algorithm", other_hash),

@@ -1,0 +1,81 @@
+//! `GET /orders/{order_id}/watch`: what happens to an order, as server-sent events.
+
+use std::{convert::Infallible, time::Duration};
+
+use axum::{
+    Extension,
+    body::Body,
+    extract::{Path, Query, State, rejection::PathRejection, rejection::QueryRejection},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures_util::stream;
+use serde::Deserialize;
+use shared::order::Violation;
+use tokio::time::timeout;
+
+use super::{App, reads::visible_order};
+use crate::{error::Problem, identity::Caller, watch::Watch};
+
+/// A sign of life for proxies and clients that give up on what is silent.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+/// A comment.
+const SIGN_OF_LIFE: Bytes = Bytes::from_static(b":\n\n");
+/// Sent at once, so that a client sees its request answered; and how long it waits, in milliseconds,
+/// before it comes back.
+const GREETING: Bytes = Bytes::from_static(b"retry: 1000\n\n");
+
+#[derive(Deserialize)]
+pub(super) struct Since {
+    /// For tools that cannot set the header.
+    last_event_id: Option<String>,
+}
+
+pub(super) async fn watch(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+    query: Result<Query<Since>, QueryRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
+    // The header comes from a client that has come back, to the same URL as before.
+    let last = headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let last = last.or(query.last_event_id).map(|text| version(&text)).transpose()?;
+    let order = visible_order(&app, &caller, path).await?;
+    if last.is_some_and(|last| last >= order.version) && app.watchers.is_final(&order.lifecycle, &order.status) {
+        // To an EventSource this means: do not come back.
+        return Ok(StatusCode::NO_CONTENT.into_response());
+    }
+    // By default from the last thing that happened, which says where it is now.
+    let watch = app.watchers.register(order.order_id, last.unwrap_or(order.version - 1))?;
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-cache"),
+        // nginx would otherwise keep the events until it has a buffer full of them.
+        (header::HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    Ok((headers, Body::from_stream(events(watch))).into_response())
+}
+
+fn version(text: &str) -> Result<i64, Problem> {
+    let version = text.trim().parse().ok().filter(|version: &i64| *version >= 0);
+    version.ok_or_else(|| {
+        let reason = "must be the id of an event, as it was sent: a version of the order, or 0 for all of them";
+        Problem::Invalid(vec![Violation::new("/last_event_id", reason)])
+    })
+}
+
+fn events(watch: Watch) -> impl futures_util::Stream<Item = Result<Bytes, Infallible>> {
+    stream::unfold((watch, Some(GREETING)), |(mut watch, greeting)| async move {
+        let next = match greeting {
+            Some(greeting) => greeting,
+            None => match timeout(HEARTBEAT, watch.next()).await {
+                Ok(event) => event?,
+                Err(_) => SIGN_OF_LIFE,
+            },
+        };
+        Some((Ok(next), (watch, None)))
+    })
+}

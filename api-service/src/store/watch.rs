@@ -1,0 +1,49 @@
+//! What happened to orders since somebody looked.
+
+use shared::db::{Db, DbError};
+use uuid::Uuid;
+
+use super::read::{HistoryRow, history_row, query};
+
+/// A row of the history that is new to those who know the order up to `after`.
+#[derive(Debug)]
+pub(crate) struct Told {
+    pub order_id: Uuid,
+    pub after: i64,
+    pub lifecycle: String,
+    pub row: HistoryRow,
+}
+
+/// What made these orders' later versions, in their order; of each order at most `chunk` rows, of
+/// all together `limit`. Most orders have none: of those only the version is looked up.
+pub(crate) async fn told_since(
+    db: &Db,
+    orders: &[Uuid],
+    afters: &[i64],
+    chunk: usize,
+    limit: usize,
+) -> Result<Vec<Told>, DbError> {
+    const SQL: &str = "
+        select w.order_id, w.after, o.lifecycle, e.version, e.from_status, e.to_status, e.type, e.cause, e.ignored, e.at
+        from unnest($1::uuid[], $2::bigint[]) as w(order_id, after)
+        join orders o on o.order_id = w.order_id and o.version > w.after
+        cross join lateral (
+            select version, from_status, to_status, type, cause, ignored, at
+            from order_events h
+            where h.order_id = w.order_id and h.version > w.after and not h.ignored
+            order by h.version limit $3::bigint
+        ) e
+        order by w.order_id, w.after, e.version
+        limit $4::bigint";
+    let [chunk, limit] = [chunk, limit].map(|count| i64::try_from(count).unwrap_or(i64::MAX));
+    let rows = query(db, SQL, &[&orders, &afters, &chunk, &limit]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| Told {
+            order_id: row.get("order_id"),
+            after: row.get("after"),
+            lifecycle: row.get("lifecycle"),
+            row: history_row(row),
+        })
+        .collect())
+}
