@@ -2,11 +2,11 @@
 
 use std::{convert::Infallible, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use shared::{
     order,
-    settings::{DbSettings, KafkaSettings, Listen},
+    settings::{self, DbSettings, KafkaSettings, Listen},
 };
 
 use crate::{
@@ -15,6 +15,7 @@ use crate::{
         token::{Source, Tokens},
     },
     orders::WaitLimits,
+    prices::Prices,
     request::Defaults,
 };
 
@@ -51,6 +52,8 @@ pub struct Config {
     pub api: ApiSettings,
     #[command(flatten)]
     pub auth: AuthSettings,
+    #[command(flatten)]
+    pub prices: PriceSettings,
     #[command(flatten)]
     pub db: DbSettings,
     #[command(flatten)]
@@ -114,6 +117,22 @@ pub struct AuthSettings {
     pub jwt_audience: Option<String>,
 }
 
+/// What items without a price cost.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Prices")]
+pub struct PriceSettings {
+    /// Service that knows the prices of items posted to /api/orders without one; by default each
+    /// item must have its own
+    #[arg(long, env = "PRODUCT_SERVICE_URL", value_name = "PRODUCT_SERVICE_URL")]
+    pub product_service_url: Option<String>,
+    /// How long the prices of an order may take, all tries together
+    #[arg(long, env = "PRODUCT_SERVICE_TIMEOUT", value_name = "PRODUCT_SERVICE_TIMEOUT", default_value = "2s", value_parser = settings::duration)]
+    pub product_service_timeout: Duration,
+    /// How long a price is remembered
+    #[arg(long, env = "PRODUCT_CACHE_TTL", value_name = "PRODUCT_CACHE_TTL", default_value = "30s", value_parser = settings::duration)]
+    pub product_cache_ttl: Duration,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum AuthMode {
     None,
@@ -156,6 +175,7 @@ impl Config {
         self.db.check()?;
         self.kafka.check()?;
         self.identity()?;
+        self.prices.open()?;
         if let Listen::At(address) = self.api.admin_port
             && !address.ip().is_loopback()
             && self.admin_token().is_none()
@@ -216,6 +236,19 @@ impl Config {
             default: Duration::from_millis(self.api.ack_wait_ms),
             max: Duration::from_millis(self.api.ack_wait_max_ms),
         }
+    }
+}
+
+impl PriceSettings {
+    /// Where prices are asked for, if anywhere.
+    ///
+    /// # Errors
+    /// Naming the setting that is to be changed.
+    pub(crate) fn open(&self) -> anyhow::Result<Option<Prices>> {
+        let Some(url) = given(&self.product_service_url) else { return Ok(None) };
+        let prices = Prices::new(url, self.product_service_timeout, self.product_cache_ttl);
+        // Without the value: it may hold a password.
+        prices.context("PRODUCT_SERVICE_URL").map(Some)
     }
 }
 

@@ -154,7 +154,8 @@ impl Problem {
         })
     }
 
-    fn members(&self) -> Map<String, Value> {
+    /// What else is known, for programs.
+    pub(crate) fn members(&self) -> Map<String, Value> {
         let members = match self {
             // A list of a thousand broken items helps nobody.
             Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(100)] }),
@@ -183,7 +184,14 @@ impl IntoResponse for Problem {
 }
 
 impl Problem {
-    /// As a response that is not counted: to those who look after the service.
+    /// In one sentence.
+    pub(crate) fn sentence(&self) -> String {
+        let (_, _, title) = self.kind();
+        self.detail().map_or_else(|| title.to_owned(), |detail| format!("{title}: {detail}"))
+    }
+
+    /// As a response that is not counted: to those who look after the service. The problem itself
+    /// goes with it, for those who say the same in other words.
     pub(crate) fn render(self) -> Response {
         let (status, kind, title) = self.kind();
         let mut body = self.members();
@@ -202,6 +210,7 @@ impl Problem {
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());
         }
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -14,8 +14,10 @@ mod http;
 mod identity;
 mod json;
 mod orders;
+mod prices;
 mod request;
 mod store;
+mod unpriced;
 mod waiters;
 mod writer;
 
@@ -61,6 +63,7 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let defaults = config.check()?;
     let identity = config.identity()?;
+    let prices = config.prices.open()?;
     let db = open(&config)?;
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
@@ -101,6 +104,7 @@ pub async fn run(
     let app = Arc::new(AppState {
         orders,
         identity,
+        retail: http::Retail::new(&defaults, prices),
         defaults,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,

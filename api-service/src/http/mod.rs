@@ -5,6 +5,7 @@ mod operations;
 mod orders;
 mod prefer;
 mod reads;
+mod retail;
 mod status;
 
 use std::{sync::Arc, time::Duration};
@@ -28,6 +29,8 @@ use crate::{
     request::Defaults,
 };
 
+pub(crate) use retail::Retail;
+
 /// A body that has not arrived by then is not waited for.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -38,6 +41,7 @@ pub(crate) struct AppState {
     pub orders: Orders,
     pub identity: Identity,
     pub defaults: Defaults,
+    pub retail: Retail,
     pub limits: WaitLimits,
     pub max_body_bytes: usize,
     /// KiB that are left for bodies being read.
@@ -65,6 +69,7 @@ pub(crate) fn router(app: App) -> Router {
         .route("/metrics", get(operations::metrics))
         .fallback(|| async { Problem::UnknownRoute })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
+        .nest("/api", retail::router(app.clone()))
         .layer(CatchPanicLayer::custom(panicked))
         .with_state(app)
 }

@@ -30,7 +30,7 @@ use crate::{
     error::{Problem, RETRY_AFTER},
     identity::Caller,
     orders::{Conditions, Done, Operation, Progress},
-    request,
+    request::{self, Upsert},
 };
 
 /// Of a body that is too large, so much is read and thrown away before the answer: a client that
@@ -50,14 +50,25 @@ pub(super) async fn submit(
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
     let upsert = request::parse(&body.bytes, &caller, &app.defaults)?;
     drop(body);
-    let preference = preference(&parts.headers, app.limits);
-    let conditions = Conditions { wait: preference.wait.map(|wait| arrived + wait), trace: trace(&parts.headers) };
-    let done = app.orders.submit(upsert, conditions).await?;
+    let (done, applied) = carry_out(&app, upsert, &parts.headers, arrived).await?;
     let mut response = render(&done);
-    if let Some(applied) = preference.applied {
+    if let Some(applied) = applied {
         response.headers_mut().insert(PREFERENCE_APPLIED, applied);
     }
     Ok(response)
+}
+
+/// Does what a body asks for, as its headers ask for it; with what to say about the caller's
+/// preference.
+pub(super) async fn carry_out(
+    app: &App,
+    upsert: Upsert,
+    headers: &HeaderMap,
+    arrived: Instant,
+) -> Result<(Done, Option<HeaderValue>), Problem> {
+    let preference = preference(headers, app.limits);
+    let conditions = Conditions { wait: preference.wait.map(|wait| arrived + wait), trace: trace(headers) };
+    Ok((app.orders.submit(upsert, conditions).await?, preference.applied))
 }
 
 /// A body, and the room that it takes.
@@ -147,11 +158,6 @@ struct Answer<'a> {
 }
 
 fn render(done: &Done) -> Response {
-    let status = match (done.progress, done.operation) {
-        (Progress::Pending, _) => StatusCode::ACCEPTED,
-        (Progress::Stored | Progress::Answered, Operation::Created) => StatusCode::CREATED,
-        _ => StatusCode::OK,
-    };
     let answer = Answer {
         order_id: done.order_id,
         status: done.operation.name(),
@@ -163,10 +169,20 @@ fn render(done: &Done) -> Response {
         correlation_id: done.correlation_id,
         superseded_by: done.superseded_by,
     };
-    let mut response = (status, super::reads::json(&answer)).into_response();
+    answer_with(done, "", super::reads::json(&answer))
+}
+
+/// Status and headers of what was done; `prefix` is that of the order's own place.
+pub(super) fn answer_with(done: &Done, prefix: &str, body: impl IntoResponse) -> Response {
+    let status = match (done.progress, done.operation) {
+        (Progress::Pending, _) => StatusCode::ACCEPTED,
+        (Progress::Stored | Progress::Answered, Operation::Created) => StatusCode::CREATED,
+        _ => StatusCode::OK,
+    };
+    let mut response = (status, body).into_response();
     let headers = response.headers_mut();
     if matches!(status, StatusCode::CREATED | StatusCode::ACCEPTED)
-        && let Ok(location) = HeaderValue::try_from(format!("/orders/{}", done.order_id))
+        && let Ok(location) = HeaderValue::try_from(format!("{prefix}/orders/{}", done.order_id))
     {
         headers.insert(header::LOCATION, location);
     }

@@ -108,7 +108,7 @@ pub(super) async fn request(
 }
 
 /// The order, if there is one and the caller may see it.
-async fn visible_order(
+pub(super) async fn visible_order(
     app: &App,
     caller: &Caller,
     path: Result<Path<String>, PathRejection>,
@@ -118,7 +118,7 @@ async fn visible_order(
     if caller.sees(&order.user_id) { Ok(order) } else { Err(Problem::UnknownOrder) }
 }
 
-fn text(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
+pub(super) fn text(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
     path.map(|Path(text)| text).map_err(|error| Problem::Malformed(error.body_text()))
 }
 

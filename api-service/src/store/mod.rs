@@ -2,6 +2,7 @@
 
 pub(crate) mod change;
 pub(crate) mod insert;
+pub(crate) mod pages;
 pub(crate) mod read;
 
 use serde_json::value::RawValue;

@@ -81,13 +81,15 @@ macro_rules! order_columns {
     };
 }
 
+pub(super) use order_columns;
+
 /// One statement on a connection of its own, under the deadline for reading.
 async fn query(db: &Db, sql: &'static str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, DbError> {
     let connection = db.connection().await?;
     connection.within(db.settings.query_timeout, query_on(&connection, sql, params)).await
 }
 
-async fn query_on(
+pub(super) async fn query_on(
     connection: &Connection,
     sql: &'static str,
     params: &[&(dyn ToSql + Sync)],
@@ -171,7 +173,7 @@ pub(crate) async fn reference(
     }))
 }
 
-fn order_of(row: &Row) -> Order {
+pub(super) fn order_of(row: &Row) -> Order {
     let order_id = row.get("order_id");
     let payload = json(row, "payload");
     // Items that came inside the payload are stored once, there.

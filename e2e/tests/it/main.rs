@@ -17,6 +17,7 @@ mod orders;
 mod outages;
 mod outbox;
 mod parking;
+mod retail_api;
 mod scenarios;
 mod schema;
 mod secure;
