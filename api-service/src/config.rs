@@ -10,12 +10,14 @@ use shared::{
 };
 
 use crate::{
+    http::headers::Origins,
     identity::{
         Identity,
         token::{Source, Tokens},
     },
     orders::WaitLimits,
     prices::Prices,
+    rate::Quota,
     request::Defaults,
 };
 
@@ -52,6 +54,8 @@ pub struct Config {
     pub api: ApiSettings,
     #[command(flatten)]
     pub auth: AuthSettings,
+    #[command(flatten)]
+    pub limits: LimitSettings,
     #[command(flatten)]
     pub prices: PriceSettings,
     #[command(flatten)]
@@ -117,6 +121,57 @@ pub struct AuthSettings {
     pub jwt_audience: Option<String>,
 }
 
+/// How often callers may ask, and from where.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitSettings {
+    /// Requests a second that each caller may make (its user, else its address), or off
+    #[arg(long, env = "RATE_LIMIT", value_name = "RATE_LIMIT", default_value = "off")]
+    pub rate_limit: RateLimit,
+    /// Requests that a caller may make at once; by default those of a second
+    #[arg(long, env = "RATE_LIMIT_BURST", value_name = "RATE_LIMIT_BURST", value_parser = clap::value_parser!(u32).range(1..=MAX_RATE))]
+    pub rate_limit_burst: Option<u32>,
+    /// Origins whose pages may call from a browser: https://shop.example,http://localhost:3000, or
+    /// * for all; by default none
+    #[arg(long, env = "CORS_ALLOWED_ORIGINS", value_name = "CORS_ALLOWED_ORIGINS", default_value = "")]
+    pub cors_allowed_origins: Origins,
+}
+
+/// More than one process answers.
+const MAX_RATE: i64 = 1_000_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RateLimit {
+    Off,
+    PerSecond(u32),
+}
+
+impl FromStr for RateLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<u32>() {
+            _ if text == "off" => Ok(Self::Off),
+            Ok(rate) if (1..=MAX_RATE).contains(&i64::from(rate)) => Ok(Self::PerSecond(rate)),
+            _ => Err(format!("must be a whole number from 1 to {MAX_RATE}, or off")),
+        }
+    }
+}
+
+impl LimitSettings {
+    /// How often a caller may ask, if that matters.
+    ///
+    /// # Errors
+    /// Naming the settings that contradict each other.
+    pub(crate) fn quota(&self) -> anyhow::Result<Option<Quota>> {
+        match (self.rate_limit, self.rate_limit_burst) {
+            (RateLimit::Off, None) => Ok(None),
+            (RateLimit::Off, Some(burst)) => bail!("RATE_LIMIT_BURST={burst} means nothing without RATE_LIMIT"),
+            (RateLimit::PerSecond(rate), burst) => Ok(Some(Quota { rate, burst: burst.unwrap_or(rate) })),
+        }
+    }
+}
+
 /// What items without a price cost.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Prices")]
@@ -175,6 +230,7 @@ impl Config {
         self.db.check()?;
         self.kafka.check()?;
         self.identity()?;
+        self.limits.quota()?;
         self.prices.open()?;
         if let Listen::At(address) = self.api.admin_port
             && !address.ip().is_loopback()

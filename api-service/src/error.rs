@@ -62,6 +62,10 @@ pub(crate) enum Problem {
         order_status: String,
         order_version: i64,
     },
+    /// Says after how many seconds there may be another request.
+    TooMany {
+        retry_after: u64,
+    },
     /// Nothing is wrong with the request; says what is in the way.
     Unavailable(&'static str),
     /// A fault of ours.
@@ -121,6 +125,7 @@ impl Problem {
                 (StatusCode::CONFLICT, "conflict", "This external id belongs to an order with other content")
             }
             Self::Rejected { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "rejected", "The worker refused the order"),
+            Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate-limited", "Too many requests"),
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Not now; try again"),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "unavailable", "A fault of ours"),
         }
@@ -142,6 +147,7 @@ impl Problem {
             Self::Rejected { reason, .. } => reason.clone(),
             Self::Unavailable(detail) | Self::Unauthenticated(detail) | Self::Forbidden(detail) => (*detail).to_owned(),
             Self::ParkedElsewise { state, detail } => format!("it is {state}; {detail}"),
+            Self::TooMany { retry_after } => format!("this caller may ask again in {retry_after} s (RATE_LIMIT)"),
             Self::Internal => "it is in our log".to_owned(),
             Self::UnknownOrder
             | Self::UnknownRequest
@@ -206,6 +212,9 @@ impl Problem {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if let Self::TooMany { retry_after } = self {
+            headers.insert(header::RETRY_AFTER, retry_after.into());
         }
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());

@@ -15,6 +15,7 @@ mod identity;
 mod json;
 mod orders;
 mod prices;
+mod rate;
 mod request;
 mod store;
 mod unpriced;
@@ -36,8 +37,8 @@ use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    acks::ReplyAddress, config::Config, http::AppState, identity::Identity, orders::Orders, waiters::Waiters,
-    writer::Writer,
+    acks::ReplyAddress, config::Config, http::AppState, identity::Identity, orders::Orders, rate::RateLimiter,
+    waiters::Waiters, writer::Writer,
 };
 
 /// How long the start waits for Kafka before it serves without it.
@@ -105,6 +106,8 @@ pub async fn run(
         orders,
         identity,
         retail: http::Retail::new(&defaults, prices),
+        limiter: config.limits.quota()?.map(RateLimiter::new),
+        origins: config.limits.cors_allowed_origins.clone(),
         defaults,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,

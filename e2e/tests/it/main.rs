@@ -11,6 +11,7 @@ mod deletes;
 mod features;
 mod kills;
 mod lifecycles;
+mod limits;
 mod load;
 mod operators;
 mod orders;
