@@ -46,9 +46,6 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 256;
 const PAGE_SIZE: i64 = 10;
 const MAX_PAGE_SIZE: i64 = 100;
-/// So many orders deep pages go: what lies before a page is counted off, one by one.
-const DEPTH_OF_ALL: i64 = pages::COUNTED;
-const DEPTH_OF_USER: i64 = 100_000;
 
 /// What is special here.
 pub(crate) struct Retail {
@@ -207,7 +204,7 @@ async fn list(
     match caller.only() {
         Some(user_id) => users_page(&app, user_id, query).await,
         None => {
-            let turned = Turned::to(query, DEPTH_OF_ALL)?;
+            let turned = Turned::to(query, pages::DEPTH_OF_ALL)?;
             Ok(turned.render(pages::of_all(&app.orders.db, turned.size, turned.offset()).await?))
         }
     }
@@ -231,7 +228,7 @@ async fn users_page(
     user_id: &str,
     query: Result<Query<Asked>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let turned = Turned::to(query, DEPTH_OF_USER)?;
+    let turned = Turned::to(query, pages::DEPTH_OF_USER)?;
     Ok(turned.render(pages::of_user(&app.orders.db, user_id, turned.size, turned.offset()).await?))
 }
 

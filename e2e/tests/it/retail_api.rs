@@ -3,6 +3,8 @@
 
 use std::{
     collections::HashMap,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -17,6 +19,8 @@ use tokio::{
     task::JoinHandle,
     time::Instant,
 };
+
+use crate::scenarios;
 
 const PRODUCT: &str = "550e8400-e29b-41d4-a716-446655440000";
 
@@ -566,4 +570,63 @@ async fn a_repeat_is_safe_even_where_the_price_has_changed() {
     assert_eq!(again["data"], first["data"]);
     order["order_items"][0]["quantity"] = json!(2);
     create(api.http(), &order).await.expect_status(409);
+}
+
+/// openssl's own server, which gives files: a product service behind TLS.
+struct TlsProducts {
+    port: u16,
+    folder: PathBuf,
+    server: Child,
+}
+
+impl TlsProducts {
+    async fn start() -> Self {
+        let folder = std::env::temp_dir().join(scenarios::unique("products"));
+        std::fs::create_dir_all(folder.join("api/products")).expect("a folder");
+        let port = TcpListener::bind("127.0.0.1:0").await.expect("binding").local_addr().expect("bound").port();
+        let lib = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/lib.sh");
+        let made = Command::new("bash")
+            .args(["-c", ". \"$0\" && make_certificates \"$1\""])
+            .args([lib.as_os_str(), folder.as_os_str()])
+            .status();
+        assert!(made.expect("bash runs").success(), "no certificates");
+        let body = r#"{"price":"12.34"}"#;
+        std::fs::write(folder.join("api/products/p"), format!("HTTP/1.0 200 So\r\n\r\n{body}")).expect("a product");
+        let server = Command::new("openssl")
+            .args(["s_server", "-quiet", "-HTTP", "-cert", "server.crt", "-key", "server.key"])
+            .args(["-accept", &format!("127.0.0.1:{port}")])
+            .current_dir(&folder)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("openssl runs");
+        let products = Self { port, folder, server };
+        eventually("openssl to listen", || async {
+            TcpStream::connect(("127.0.0.1", port)).await.map(drop).map_err(|error| error.to_string())
+        })
+        .await;
+        products
+    }
+}
+
+impl Drop for TlsProducts {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_product_service_behind_tls_is_asked_where_its_certificate_is_trusted() {
+    let _turn = beside_others().await;
+    let products = TlsProducts::start().await;
+    let mut system = System::new().await;
+    system.set("PRODUCT_SERVICE_URL", format!("https://127.0.0.1:{}", products.port));
+    let ca = products.folder.join("ca.crt").display().to_string();
+    let trusting = system.api_with(&[("SSL_CERT_FILE", &ca)]).await;
+    assert_eq!(total(&create(trusting.http(), &unpriced(&["p"])).await.expect_status(201)), "12.34");
+    let untrusting = system.api().await;
+    create(untrusting.http(), &unpriced(&["p"])).await.expect_status(503);
 }
