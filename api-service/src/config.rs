@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use shared::{
     order,
@@ -10,11 +10,14 @@ use shared::{
 };
 
 use crate::{
+    http::headers::Origins,
     identity::{
         Identity,
         token::{Source, Tokens},
     },
     orders::WaitLimits,
+    prices::Prices,
+    rate::Quota,
     request::Defaults,
 };
 
@@ -51,6 +54,10 @@ pub struct Config {
     pub api: ApiSettings,
     #[command(flatten)]
     pub auth: AuthSettings,
+    #[command(flatten)]
+    pub limits: LimitSettings,
+    #[command(flatten)]
+    pub prices: PriceSettings,
     #[command(flatten)]
     pub db: DbSettings,
     #[command(flatten)]
@@ -123,6 +130,73 @@ pub struct AuthSettings {
     pub jwt_audience: Option<String>,
 }
 
+/// How often callers may ask, and from where.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitSettings {
+    /// Requests a second that each caller may make (its user, else its address), or off
+    #[arg(long, env = "RATE_LIMIT", value_name = "RATE_LIMIT", default_value = "off")]
+    pub rate_limit: RateLimit,
+    /// Requests that a caller may make at once; by default those of a second
+    #[arg(long, env = "RATE_LIMIT_BURST", value_name = "RATE_LIMIT_BURST", value_parser = clap::value_parser!(u32).range(1..=MAX_RATE))]
+    pub rate_limit_burst: Option<u32>,
+    /// Origins whose pages may call from a browser: https://shop.example,http://localhost:3000, or
+    /// * for all; by default none
+    #[arg(long, env = "CORS_ALLOWED_ORIGINS", value_name = "CORS_ALLOWED_ORIGINS", default_value = "")]
+    pub cors_allowed_origins: Origins,
+}
+
+/// More than one process answers.
+const MAX_RATE: i64 = 1_000_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RateLimit {
+    Off,
+    PerSecond(u32),
+}
+
+impl FromStr for RateLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<u32>() {
+            _ if text == "off" => Ok(Self::Off),
+            Ok(rate) if (1..=MAX_RATE).contains(&i64::from(rate)) => Ok(Self::PerSecond(rate)),
+            _ => Err(format!("must be a whole number from 1 to {MAX_RATE}, or off")),
+        }
+    }
+}
+
+impl LimitSettings {
+    /// How often a caller may ask, if that matters.
+    ///
+    /// # Errors
+    /// Naming the settings that contradict each other.
+    pub(crate) fn quota(&self) -> anyhow::Result<Option<Quota>> {
+        match (self.rate_limit, self.rate_limit_burst) {
+            (RateLimit::Off, None) => Ok(None),
+            (RateLimit::Off, Some(burst)) => bail!("RATE_LIMIT_BURST={burst} means nothing without RATE_LIMIT"),
+            (RateLimit::PerSecond(rate), burst) => Ok(Some(Quota { rate, burst: burst.unwrap_or(rate) })),
+        }
+    }
+}
+
+/// What items without a price cost.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Prices")]
+pub struct PriceSettings {
+    /// Service that knows the prices of items posted to /api/orders without one; by default each
+    /// item must have its own
+    #[arg(long, env = "PRODUCT_SERVICE_URL", value_name = "PRODUCT_SERVICE_URL")]
+    pub product_service_url: Option<String>,
+    /// How long the prices of an order may take, all tries together
+    #[arg(long, env = "PRODUCT_SERVICE_TIMEOUT", value_name = "PRODUCT_SERVICE_TIMEOUT", default_value = "2s", value_parser = settings::duration)]
+    pub product_service_timeout: Duration,
+    /// How long a price is remembered
+    #[arg(long, env = "PRODUCT_CACHE_TTL", value_name = "PRODUCT_CACHE_TTL", default_value = "30s", value_parser = settings::duration)]
+    pub product_cache_ttl: Duration,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum AuthMode {
     None,
@@ -165,6 +239,8 @@ impl Config {
         self.db.check()?;
         self.kafka.check()?;
         self.identity()?;
+        self.limits.quota()?;
+        self.prices.open()?;
         if let Listen::At(address) = self.api.admin_port
             && !address.ip().is_loopback()
             && self.admin_token().is_none()
@@ -226,6 +302,19 @@ impl Config {
             default: Duration::from_millis(self.api.ack_wait_ms),
             max: Duration::from_millis(self.api.ack_wait_max_ms),
         }
+    }
+}
+
+impl PriceSettings {
+    /// Where prices are asked for, if anywhere.
+    ///
+    /// # Errors
+    /// Naming the setting that is to be changed.
+    pub(crate) fn open(&self) -> anyhow::Result<Option<Prices>> {
+        let Some(url) = given(&self.product_service_url) else { return Ok(None) };
+        let prices = Prices::new(url, self.product_service_timeout, self.product_cache_ttl);
+        // Without the value: it may hold a password.
+        prices.context("PRODUCT_SERVICE_URL").map(Some)
     }
 }
 

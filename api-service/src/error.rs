@@ -73,6 +73,10 @@ pub(crate) enum Problem {
         order_status: String,
         order_version: i64,
     },
+    /// Says after how many seconds there may be another request.
+    TooMany {
+        retry_after: u64,
+    },
     /// Nothing is wrong with the request; says what is in the way.
     Unavailable(&'static str),
     /// A fault of ours.
@@ -137,6 +141,7 @@ impl Problem {
                 (StatusCode::CONFLICT, "idempotency", "The first request with this key is being answered")
             }
             Self::Rejected { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "rejected", "The worker refused the order"),
+            Self::TooMany { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate-limited", "Too many requests"),
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Not now; try again"),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "unavailable", "A fault of ours"),
         }
@@ -164,6 +169,7 @@ impl Problem {
             Self::Rejected { reason, .. } => reason.clone(),
             Self::Unavailable(detail) | Self::Unauthenticated(detail) | Self::Forbidden(detail) => (*detail).to_owned(),
             Self::ParkedElsewise { state, detail } => format!("it is {state}; {detail}"),
+            Self::TooMany { retry_after } => format!("this caller may ask again in {retry_after} s (RATE_LIMIT)"),
             Self::Internal => "it is in our log".to_owned(),
             Self::UnknownOrder
             | Self::UnknownRequest
@@ -176,7 +182,8 @@ impl Problem {
         })
     }
 
-    fn members(&self) -> Map<String, Value> {
+    /// What else is known, for programs.
+    pub(crate) fn members(&self) -> Map<String, Value> {
         let members = match self {
             // A list of a thousand broken items helps nobody.
             Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(100)] }),
@@ -211,7 +218,14 @@ impl IntoResponse for Problem {
 }
 
 impl Problem {
-    /// As a response that is not counted: to those who look after the service.
+    /// In one sentence.
+    pub(crate) fn sentence(&self) -> String {
+        let (_, _, title) = self.kind();
+        self.detail().map_or_else(|| title.to_owned(), |detail| format!("{title}: {detail}"))
+    }
+
+    /// As a response that is not counted: to those who look after the service. The problem itself
+    /// goes with it, for those who say the same in other words.
     pub(crate) fn render(self) -> Response {
         let (status, kind, title) = self.kind();
         let is_undecided = matches!(self, Self::KeyUndecided { .. });
@@ -228,9 +242,13 @@ impl Problem {
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        if let Self::TooMany { retry_after } = self {
+            headers.insert(header::RETRY_AFTER, retry_after.into());
+        }
         if status == StatusCode::SERVICE_UNAVAILABLE || is_undecided {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());
         }
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -15,8 +15,11 @@ mod idempotency;
 mod identity;
 mod json;
 mod orders;
+mod prices;
+mod rate;
 mod request;
 mod store;
+mod unpriced;
 mod waiters;
 mod watch;
 mod writer;
@@ -36,8 +39,8 @@ use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    acks::ReplyAddress, config::Config, http::AppState, identity::Identity, orders::Orders, waiters::Waiters,
-    watch::Watchers, writer::Writer,
+    acks::ReplyAddress, config::Config, http::AppState, identity::Identity, orders::Orders, rate::RateLimiter,
+    waiters::Waiters, watch::Watchers, writer::Writer,
 };
 
 /// How long the start waits for Kafka before it serves without it.
@@ -63,6 +66,7 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let defaults = config.check()?;
     let identity = config.identity()?;
+    let prices = config.prices.open()?;
     let db = open(&config)?;
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
@@ -113,6 +117,9 @@ pub async fn run(
         orders,
         identity,
         watchers,
+        retail: http::Retail::new(&defaults, prices),
+        limiter: config.limits.quota()?.map(RateLimiter::new),
+        origins: config.limits.cors_allowed_origins.clone(),
         defaults,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,

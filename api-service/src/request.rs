@@ -152,6 +152,16 @@ pub struct Defaults {
 
 /// Reads a body that this caller sent.
 pub(crate) fn parse(body: &[u8], caller: &Caller, defaults: &Defaults) -> Result<Upsert, BadRequest> {
+    parse_with_items(body, None, caller, defaults)
+}
+
+/// As [`parse`]; the items are these, which have the prices that the body's lack.
+pub(crate) fn parse_with_items(
+    body: &[u8],
+    items: Option<&RawValue>,
+    caller: &Caller,
+    defaults: &Defaults,
+) -> Result<Upsert, BadRequest> {
     let body =
         std::str::from_utf8(body).map_err(|error| BadRequest::Malformed(format!("the body is not UTF-8: {error}")))?;
     let raw: Body<'_> = serde_json::from_str(body).map_err(|error| {
@@ -162,7 +172,7 @@ pub(crate) fn parse(body: &[u8], caller: &Caller, defaults: &Defaults) -> Result
         }
     })?;
     let mut check = Check { violations: raw.violations(), malformed: None };
-    let upsert = check.upsert(&raw, caller, defaults);
+    let upsert = check.upsert(&raw, items, caller, defaults);
     if let Some(reason) = check.malformed {
         return Err(BadRequest::Malformed(reason));
     }
@@ -185,7 +195,13 @@ impl Check {
         self.violations.push(Violation::new(format!("/{name}"), reason));
     }
 
-    fn upsert(&mut self, body: &Body<'_>, caller: &Caller, defaults: &Defaults) -> Option<Upsert> {
+    fn upsert(
+        &mut self,
+        body: &Body<'_>,
+        priced: Option<&RawValue>,
+        caller: &Caller,
+        defaults: &Defaults,
+    ) -> Option<Upsert> {
         let order_id = self.order_id(body);
         let user_id = self.user_id(body, caller, order_id.is_none());
         let external_id = self.id(body, "external_id").filter(|id| !id.is_empty());
@@ -199,7 +215,12 @@ impl Check {
                 None
             }
         });
-        let (items, items_total) = self.items(body);
+        let (items, items_total) = self.items(priced.or(body.get("items")));
+        // A repeat is the same order even where prices have changed meanwhile.
+        let items_digest = match (priced, body.get("items")) {
+            (Some(_), Some(given)) => json::digest(given).ok(),
+            _ => items.as_deref().map(|items| Digest::of_text(items.get())),
+        };
         let amount = self.amount(body, items_total);
         let own_currency = self.currency(body);
         let mut texts = ["shipping_address", "billing_address", "notes"].map(|name| self.text(body, name));
@@ -208,7 +229,7 @@ impl Check {
             let of_text = |text: Option<&str>| text.map(Digest::of_text);
             Digest::of_fields(&[
                 ("lifecycle", of_text(Some(&lifecycle.name))),
-                ("items", of_text(items.as_deref().map(RawValue::get))),
+                ("items", items_digest),
                 ("amount", amount.map(|amount| Digest::of_text(&amount.to_string()))),
                 ("currency", of_text(own_currency.as_deref())),
                 ("payload", payload.as_ref().map(|(_, digest)| *digest)),
@@ -378,8 +399,8 @@ impl Check {
         }
     }
 
-    fn items(&mut self, body: &Body<'_>) -> (Option<Box<RawValue>>, Option<Money>) {
-        let Some(raw) = body.get("items") else { return (None, None) };
+    fn items(&mut self, raw: Option<&RawValue>) -> (Option<Box<RawValue>>, Option<Money>) {
+        let Some(raw) = raw else { return (None, None) };
         match parse_items(raw, "/items", Unknown::Refuse) {
             Ok(items) => (serde_json::value::to_raw_value(&items).ok(), total(&items)),
             Err(violations) => {

@@ -1,6 +1,6 @@
 //! Serves HTTP on a listener until it is told to stop, and then answers what has begun.
 
-use std::{io::ErrorKind, time::Duration};
+use std::{io::ErrorKind, net::IpAddr, time::Duration};
 
 use axum::{
     Router,
@@ -44,6 +44,10 @@ pub struct Stop {
     pub timeout: Duration,
 }
 
+/// Among a request's extensions: at which address its connection begins.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub IpAddr);
+
 /// Serves `app` until `stop`; returns when every request that had begun is answered, or the time
 /// is up.
 pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
@@ -52,7 +56,7 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
     let (connections, tasks) = (GracefulShutdown::new(), TaskTracker::new());
     let leaving = stop.leaving.clone();
     let abandoned = CancellationToken::new();
-    let serve_one = |stream: TcpStream| {
+    let serve_one = |stream: TcpStream, peer: Peer| {
         // An answer is one small packet; it must not wait for the next.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "nodelay");
@@ -60,7 +64,8 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
         let (app, server, leaving, abandoned) = (app.clone(), server.clone(), leaving.clone(), abandoned.clone());
         let watcher = connections.watcher();
         tasks.spawn(async move {
-            let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+            let service = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
+                request.extensions_mut().insert(peer);
                 let (app, leaving) = (app.clone(), leaving.clone());
                 async move {
                     let response = app.oneshot(request.map(axum::body::Body::new)).await;
@@ -89,7 +94,7 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
             biased;
             () = &mut deadline => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => serve_one(stream),
+                Ok((stream, address)) => serve_one(stream, Peer(address.ip())),
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     tracing::warn!(%error, server = name, "cannot accept a connection");
@@ -99,8 +104,8 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
         }
     }
     // Connections that the kernel has already accepted for us would be reset with the listener.
-    while let Some(Ok((stream, _))) = futures_util::FutureExt::now_or_never(listener.accept()) {
-        serve_one(stream);
+    while let Some(Ok((stream, address))) = futures_util::FutureExt::now_or_never(listener.accept()) {
+        serve_one(stream, Peer(address.ip()));
     }
     drop(listener);
     let deadline = Instant::now() + stop.timeout.saturating_sub(stop.grace);

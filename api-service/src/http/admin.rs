@@ -7,7 +7,7 @@ use axum::{
     Router,
     extract::{Path, Query, Request, State, rejection::QueryRejection},
     http::{StatusCode, header},
-    middleware::{Next, from_fn_with_state},
+    middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -19,7 +19,7 @@ use shared::{
     parked::{self, Entry, Filter},
 };
 
-use super::reads::json;
+use super::{headers::guard, reads::json};
 use crate::error::Problem;
 
 const DEFAULT_LIMIT: i64 = 100;
@@ -44,6 +44,7 @@ pub(crate) fn router(admin: Admin) -> Router {
         .fallback(|| async { Problem::UnknownRoute })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
         .layer(from_fn_with_state(admin.clone(), check_token))
+        .layer(from_fn(guard))
         .with_state(admin)
 }
 

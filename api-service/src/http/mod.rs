@@ -2,11 +2,13 @@
 
 pub(crate) mod admin;
 mod conditions;
+pub(crate) mod headers;
 mod lists;
 mod operations;
 mod orders;
 mod prefer;
 mod reads;
+mod retail;
 mod status;
 mod watch;
 
@@ -15,11 +17,12 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     extract::{Request, State},
-    middleware::{Next, from_fn_with_state},
+    middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse as _, Response},
     routing::{get, post, put},
 };
 use metrics_exporter_prometheus::PrometheusHandle;
+use shared::server::Peer;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -28,9 +31,13 @@ use crate::{
     error::Problem,
     identity::Identity,
     orders::{Orders, WaitLimits},
+    rate::RateLimiter,
     request::Defaults,
     watch::Watchers,
 };
+
+use headers::Origins;
+pub(crate) use retail::Retail;
 
 /// A body that has not arrived by then is not waited for.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -43,6 +50,11 @@ pub(crate) struct AppState {
     pub identity: Identity,
     pub watchers: Watchers,
     pub defaults: Defaults,
+    pub retail: Retail,
+    /// How often a caller may ask, if that matters.
+    pub limiter: Option<RateLimiter>,
+    /// Whose pages may call.
+    pub origins: Origins,
     pub limits: WaitLimits,
     pub max_body_bytes: usize,
     /// KiB that are left for bodies being read.
@@ -55,7 +67,8 @@ pub(crate) struct AppState {
 }
 
 pub(crate) fn router(app: App) -> Router {
-    Router::new()
+    let cors = headers::cors(&app.origins);
+    let router = Router::new()
         .route("/orders", post(orders::submit).get(lists::all))
         .route("/users/{user_id}/orders", get(lists::of_user))
         .route("/orders/by-external/{external_id}", get(reads::by_external))
@@ -72,8 +85,14 @@ pub(crate) fn router(app: App) -> Router {
         .route("/metrics", get(operations::metrics))
         .fallback(|| async { Problem::UnknownRoute })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
+        .nest("/api", retail::router(app.clone()))
         .layer(CatchPanicLayer::custom(panicked))
-        .with_state(app)
+        .layer(from_fn(headers::guard))
+        .with_state(app);
+    match cors {
+        Some(cors) => router.layer(cors),
+        None => router,
+    }
 }
 
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
@@ -82,13 +101,25 @@ fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
     Problem::Internal.into_response()
 }
 
-/// Lets in whom we know, and tells the handlers who it is.
+/// Lets in whom we know, as often as that one may, and tells the handlers who it is.
 async fn admit(State(app): State<App>, mut request: Request, next: Next) -> Response {
-    match app.identity.caller(request.headers()) {
-        Ok(caller) => {
+    let caller = match app.identity.caller(request.headers()) {
+        Ok(caller) => caller,
+        Err(problem) => return problem.into_response(),
+    };
+    let peer = request.extensions().get::<Peer>().map(|Peer(address)| *address);
+    let verdict = app.limiter.as_ref().map(|limiter| (limiter, limiter.ask(caller.user(), peer)));
+    let mut response = match verdict {
+        Some((_, verdict)) if !verdict.allowed => {
+            Problem::TooMany { retry_after: verdict.retry_after() }.into_response()
+        }
+        _ => {
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
-        Err(problem) => problem.into_response(),
+    };
+    if let Some((limiter, verdict)) = verdict {
+        limiter.tell(verdict, response.headers_mut());
     }
+    response
 }

@@ -25,13 +25,13 @@ use uuid::Uuid;
 use super::{
     App, BODY_TIMEOUT,
     conditions::{IDEMPOTENCY_REPLAYED, claim_of_upsert, if_match},
-    prefer::{PREFERENCE_APPLIED, preference},
+    prefer::{PREFERENCE_APPLIED, Preference, preference},
 };
 use crate::{
     error::{Problem, RETRY_AFTER},
     identity::Caller,
     orders::{Conditions, Done, Operation, Progress},
-    request,
+    request::{self, Upsert},
 };
 
 /// Of a body that is too large, so much is read and thrown away before the answer: a client that
@@ -50,21 +50,34 @@ pub(super) async fn submit(
     check_content_type(&parts.headers)?;
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
     let upsert = request::parse(&body.bytes, &caller, &app.defaults)?;
-    let preference = preference(&parts.headers, app.limits);
-    let claim = claim_of_upsert(&parts.headers, &caller, &upsert, &body.bytes, preference.wait)?;
+    let (conditions, applied) = conditions(&app, &caller, &parts.headers, &upsert, &body, arrived)?;
     drop(body);
-    let conditions = Conditions {
-        wait: preference.wait.map(|wait| arrived + wait),
-        trace: trace(&parts.headers),
-        expected: if_match(&parts.headers)?,
-        claim,
-    };
     let done = app.orders.submit(upsert, conditions).await?;
     let mut response = render(&done);
-    if let Some(applied) = preference.applied {
+    if let Some(applied) = applied {
         response.headers_mut().insert(PREFERENCE_APPLIED, applied);
     }
     Ok(response)
+}
+
+/// How to do what a body asks for, as the headers say; and what to say about the caller's
+/// preference.
+pub(super) fn conditions(
+    app: &App,
+    caller: &Caller,
+    headers: &HeaderMap,
+    upsert: &Upsert,
+    body: &WholeBody,
+    arrived: Instant,
+) -> Result<(Conditions, Option<HeaderValue>), Problem> {
+    let Preference { wait, applied } = preference(headers, app.limits);
+    let conditions = Conditions {
+        wait: wait.map(|wait| arrived + wait),
+        trace: trace(headers),
+        expected: if_match(headers)?,
+        claim: claim_of_upsert(headers, caller, upsert, &body.bytes, wait)?,
+    };
+    Ok((conditions, applied))
 }
 
 /// A body, and the room that it takes.
@@ -154,11 +167,6 @@ struct Answer<'a> {
 }
 
 fn render(done: &Done) -> Response {
-    let status = match (done.progress, done.operation) {
-        (Progress::Pending, _) => StatusCode::ACCEPTED,
-        (Progress::Stored | Progress::Answered, Operation::Created) => StatusCode::CREATED,
-        _ => StatusCode::OK,
-    };
     let answer = Answer {
         order_id: done.order_id,
         status: done.operation.name(),
@@ -170,10 +178,20 @@ fn render(done: &Done) -> Response {
         correlation_id: done.correlation_id,
         superseded_by: done.superseded_by,
     };
-    let mut response = (status, super::reads::json(&answer)).into_response();
+    answer_with(done, "", super::reads::json(&answer))
+}
+
+/// Status and headers of what was done; `prefix` is that of the order's own place.
+pub(super) fn answer_with(done: &Done, prefix: &str, body: impl IntoResponse) -> Response {
+    let status = match (done.progress, done.operation) {
+        (Progress::Pending, _) => StatusCode::ACCEPTED,
+        (Progress::Stored | Progress::Answered, Operation::Created) => StatusCode::CREATED,
+        _ => StatusCode::OK,
+    };
+    let mut response = (status, body).into_response();
     let headers = response.headers_mut();
     if matches!(status, StatusCode::CREATED | StatusCode::ACCEPTED)
-        && let Ok(location) = HeaderValue::try_from(format!("/orders/{}", done.order_id))
+        && let Ok(location) = HeaderValue::try_from(format!("{prefix}/orders/{}", done.order_id))
     {
         headers.insert(header::LOCATION, location);
     }

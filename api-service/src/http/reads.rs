@@ -120,7 +120,7 @@ pub(super) async fn visible_order(
     if caller.sees(&order.user_id) { Ok(order) } else { Err(Problem::UnknownOrder) }
 }
 
-fn text(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
+pub(super) fn text(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
     path.map(|Path(text)| text).map_err(|error| Problem::Malformed(error.body_text()))
 }
 

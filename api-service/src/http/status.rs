@@ -37,6 +37,27 @@ pub(super) async fn set(
     path: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Result<Response, Problem> {
+    let (id, done) = set_status(&app, &caller, path, request).await?;
+    Ok(render(&id, &done))
+}
+
+pub(super) async fn cancel(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let (id, done) = cancel_order(&app, &caller, path, &headers).await?;
+    Ok(render(&id, &done))
+}
+
+/// The id as it was asked for, and what was done.
+pub(super) async fn set_status(
+    app: &App,
+    caller: &Caller,
+    path: Result<Path<String>, PathRejection>,
+    request: Request,
+) -> Result<(String, Done), Problem> {
     if !caller.is_service() && !app.identity.lets_users_set_status() {
         return Err(Problem::Forbidden(
             "setting a status is for the roles service and admin; cancelling is for everybody",
@@ -59,16 +80,17 @@ pub(super) async fn set(
             Problem::Malformed(format!("the body is not JSON: {error}"))
         }
     })?;
-    relocate(&app, &caller, &parts.headers, &id, Destination::State(status)).await
+    relocate(app, caller, &parts.headers, id, Destination::State(status)).await
 }
 
-pub(super) async fn cancel(
-    State(app): State<App>,
-    Extension(caller): Extension<Caller>,
+/// The id as it was asked for, and what was done.
+pub(super) async fn cancel_order(
+    app: &App,
+    caller: &Caller,
     path: Result<Path<String>, PathRejection>,
-    headers: HeaderMap,
-) -> Result<Response, Problem> {
-    relocate(&app, &caller, &headers, &id(path)?, Destination::Cancelled).await
+    headers: &HeaderMap,
+) -> Result<(String, Done), Problem> {
+    relocate(app, caller, headers, id(path)?, Destination::Cancelled).await
 }
 
 /// A UUID, or any text that stands for one.
@@ -84,22 +106,22 @@ async fn relocate(
     app: &App,
     caller: &Caller,
     headers: &HeaderMap,
-    id: &str,
+    id: String,
     to: Destination,
-) -> Result<Response, Problem> {
+) -> Result<(String, Done), Problem> {
     let user_id = caller.only().map(ToOwned::to_owned);
     let what = match &to {
         Destination::State(state) => format!("to {state}"),
         Destination::Cancelled => "cancel".to_owned(),
     };
-    let change = Move { target: Target { order_id: order_id_of(id), user_id }, to };
+    let change = Move { target: Target { order_id: order_id_of(&id), user_id }, to };
     let conditions = Conditions {
         wait: None,
         trace: trace(headers),
         expected: if_match(headers)?,
         claim: claim_of_move(headers, caller, &change.target, &what)?,
     };
-    Ok(render(id, &app.orders.relocate(change, conditions).await?))
+    Ok((id, app.orders.relocate(change, conditions).await?))
 }
 
 #[derive(Serialize)]
@@ -130,7 +152,12 @@ fn render(asked_id: &str, done: &Done) -> Response {
         order_version: done.state.version,
         correlation_id: done.correlation_id,
     };
-    let mut response = ([(header::ETAG, etag(done.state.version))], json(&answer)).into_response();
+    answer_with(done, json(&answer))
+}
+
+/// The headers of what was done.
+pub(super) fn answer_with(done: &Done, body: impl IntoResponse) -> Response {
+    let mut response = ([(header::ETAG, etag(done.state.version))], body).into_response();
     if done.is_replay {
         response.headers_mut().insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
     }

@@ -4,6 +4,7 @@ pub(crate) mod change;
 pub(crate) mod insert;
 pub(crate) mod keys;
 pub(crate) mod list;
+pub(crate) mod pages;
 pub(crate) mod read;
 pub(crate) mod watch;
 

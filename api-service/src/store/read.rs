@@ -100,7 +100,7 @@ pub(super) async fn query(db: &Db, sql: &'static str, params: &[&(dyn ToSql + Sy
     connection.within(db.settings.query_timeout, query_on(&connection, sql, params)).await
 }
 
-async fn query_on(
+pub(super) async fn query_on(
     connection: &Connection,
     sql: &'static str,
     params: &[&(dyn ToSql + Sync)],

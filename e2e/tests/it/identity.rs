@@ -29,15 +29,25 @@ const ROUTES: &[(&str, &str, &str, &[u16])] = &[
     ("PUT", "/orders/{order_id}/status", r#"{"status":"processing"}"#, &[403]),
     ("PATCH", "/orders/{order_id}/status", r#"{"status":"processing"}"#, &[403]),
     ("POST", "/orders/{order_id}/cancel", "", &[404]),
+    ("POST", "/api/orders", r#"{"order_id":"{id}","notes":"mine now"}"#, &[404]),
+    ("POST", "/api/orders", r#"{"user_id":"{user}","order_items":[]}"#, &[422]),
+    ("GET", "/api/orders/{order_id}", "", &[404]),
+    ("GET", "/api/users/{user_id}/orders", "", &[404]),
+    ("PATCH", "/api/orders/{order_id}/status", r#"{"status":"processing"}"#, &[403]),
+    ("POST", "/api/orders/{order_id}/cancel", "", &[404]),
 ];
 /// Those that are nobody's.
 const OPEN: &[&str] = &["/health", "/ready", "/metrics"];
 
 #[test]
 fn every_route_is_in_the_table() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../api-service/src/http/mod.rs");
-    let source = std::fs::read_to_string(source).expect("the router");
-    let mut routes = source.split(".route(\"").skip(1).filter_map(|rest| rest.split('"').next());
+    let http = Path::new(env!("CARGO_MANIFEST_DIR")).join("../api-service/src/http");
+    let routes_of = |file: &str, prefix: &str| -> Vec<String> {
+        let source = std::fs::read_to_string(http.join(file)).expect("a router");
+        let paths = source.split(".route(\"").skip(1).filter_map(|rest| rest.split('"').next());
+        paths.map(|path| format!("{prefix}{path}")).collect()
+    };
+    let routes = [routes_of("mod.rs", ""), routes_of("retail.rs", "/api")].concat();
     let known = |route: &str| {
         OPEN.contains(&route)
             || ROUTES.iter().any(|(_, path, ..)| {
@@ -45,8 +55,8 @@ fn every_route_is_in_the_table() {
                 path == route || path.replace("{external}", "{external_id}") == route
             })
     };
-    assert!(routes.clone().count() >= 10, "the router has moved");
-    assert_eq!(routes.find(|route| !known(route)), None, "a route that the table of identities lacks");
+    assert!(routes.len() >= 15, "the routers have moved");
+    assert_eq!(routes.iter().find(|route| !known(route)), None, "a route that the table of identities lacks");
 }
 
 /// Somebody who asks: with the headers that say who it is.
@@ -121,10 +131,14 @@ async fn others_see_and_change_nothing(api: &Api, caller: fn(&str, Option<&str>)
         assert!(expected.contains(&reply.status), "{method} {path}: {}", reply.summary());
         let nobody = Caller(vec![]).send(api.http(), method, &fill(path), &fill(body)).await;
         assert_eq!(nobody.status, 401, "{method} {path}: {}", nobody.summary());
-        assert_eq!(nobody.problem(), "unauthenticated");
+        if !path.starts_with("/api") {
+            assert_eq!(nobody.problem(), "unauthenticated");
+        }
     }
     let listed = thief.send(api.http(), "GET", "/orders", "").await.expect_status(200);
     assert_eq!(listed.json(), json!([]));
+    let listed = thief.send(api.http(), "GET", "/api/orders", "").await.expect_status(200);
+    assert_eq!(listed.json()["data"], json!([]));
     for path in OPEN {
         Caller(vec![]).send(api.http(), "GET", path, "").await.expect_status(200);
     }

@@ -34,6 +34,15 @@ async fn bad_settings_are_refused_by_name() {
         ("worker", "ORDERS_ACK_TOPIC", "orders.events"),
         ("worker", "DB_MIN_CONNS", "20"),
         ("api-service", "SHUTDOWN_GRACE_MS", "20000"),
+        ("api-service", "RATE_LIMIT", "0"),
+        ("api-service", "RATE_LIMIT", "many"),
+        ("api-service", "RATE_LIMIT_BURST", "0"),
+        // Without RATE_LIMIT.
+        ("api-service", "RATE_LIMIT_BURST", "5"),
+        ("api-service", "CORS_ALLOWED_ORIGINS", "https://shop.example/"),
+        ("api-service", "PRODUCT_SERVICE_URL", "product-service:8002"),
+        ("api-service", "PRODUCT_SERVICE_TIMEOUT", "0s"),
+        ("api-service", "PRODUCT_CACHE_TTL", "soon"),
     ] {
         let settings = Settings::default().with(&[(key, value)]);
         let said = refused_at_start(binary, &settings).await;

@@ -1,0 +1,129 @@
+//! What is said with every answer: that it is data and not a page, and which pages of others may
+//! read it (CORS).
+
+use std::{str::FromStr, time::Duration};
+
+use axum::{
+    extract::Request,
+    http::{HeaderName, HeaderValue, Method, Uri, header},
+    middleware::Next,
+    response::Response,
+};
+use tower_http::cors::{AllowOrigin, CorsLayer};
+
+use super::prefer::PREFERENCE_APPLIED;
+use crate::rate::RATE_LIMIT;
+
+/// How long a browser remembers what it was allowed to ask.
+const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
+
+/// Orders hold names and addresses of people: nobody on the way keeps them. Where a handler has
+/// said otherwise, that stands.
+pub(crate) async fn guard(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    let is_page = headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.entry(header::REFERRER_POLICY).or_insert(HeaderValue::from_static("no-referrer"));
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    if !is_page {
+        const NOTHING: HeaderValue = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
+        headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(NOTHING);
+    }
+    response
+}
+
+/// Whose pages may call from a browser (`CORS_ALLOWED_ORIGINS`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Origins {
+    #[default]
+    None,
+    All,
+    These(Vec<HeaderValue>),
+}
+
+impl FromStr for Origins {
+    type Err = String;
+
+    /// `https://shop.example,http://localhost:3000`, or `*`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let origins: Vec<&str> = text.split(',').map(str::trim).filter(|origin| !origin.is_empty()).collect();
+        match origins.as_slice() {
+            [] => Ok(Self::None),
+            ["*"] => Ok(Self::All),
+            origins => origins.iter().map(|text| origin(text)).collect::<Result<_, _>>().map(Self::These),
+        }
+    }
+}
+
+/// As browsers send it: scheme, host, and the port where it is not the usual one.
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    let refused =
+        || format!("\"{text}\" is no origin: give https://host or http://host:port, without a path, or * alone");
+    let uri: Uri = text.parse().map_err(|_| refused())?;
+    let (Some("http" | "https"), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return Err(refused()) };
+    let usual = match uri.scheme_str() {
+        Some("https") => Some(443),
+        _ => Some(80),
+    };
+    let is_bare = text.ends_with(authority.as_str()) && !authority.as_str().contains('@');
+    if !is_bare || uri.port_u16() == usual || authority.host().contains('*') || text != text.to_ascii_lowercase() {
+        return Err(refused());
+    }
+    HeaderValue::try_from(text).map_err(|_| refused())
+}
+
+/// Answers what browsers ask before they ask, before anybody is asked who it is.
+pub(crate) fn cors(origins: &Origins) -> Option<CorsLayer> {
+    let origins = match origins {
+        Origins::None => return None,
+        Origins::All => AllowOrigin::any(),
+        Origins::These(origins) => AllowOrigin::list(origins.iter().cloned()),
+    };
+    let own =
+        |names: &[&'static str]| -> Vec<HeaderName> { names.iter().map(|n| HeaderName::from_static(n)).collect() };
+    let mut taken =
+        own(&["prefer", "idempotency-key", "x-user-id", "x-request-id", "traceparent", "tracestate", "last-event-id"]);
+    taken.extend([header::CONTENT_TYPE, header::AUTHORIZATION, header::IF_MATCH, header::IF_NONE_MATCH]);
+    let mut shown = own(&["idempotency-replayed", "x-request-id", "ratelimit-policy"]);
+    shown.extend([header::LOCATION, header::ETAG, header::LINK, header::RETRY_AFTER, PREFERENCE_APPLIED, RATE_LIMIT]);
+    Some(
+        CorsLayer::new()
+            .allow_origin(origins)
+            .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+            .allow_headers(taken)
+            .expose_headers(shown)
+            .max_age(PREFLIGHT_AGE),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn origins_are_as_browsers_send_them() {
+        let these = |text: &str| match text.parse() {
+            Ok(Origins::These(origins)) => origins.len(),
+            other => panic!("{text}: {other:?}"),
+        };
+        assert_eq!(these("https://shop.example, http://localhost:3000,"), 2);
+        assert_eq!("".parse(), Ok(Origins::None));
+        assert_eq!("*".parse(), Ok(Origins::All));
+        for bad in [
+            "shop.example",
+            "https://shop.example/",
+            "https://shop.example/path",
+            "https://shop.example:443",
+            "https://Shop.example",
+            "https://u@shop.example",
+            "https://*.example",
+            "null",
+            "ftp://shop.example",
+            "*,https://shop.example",
+            "https://",
+        ] {
+            assert!(bad.parse::<Origins>().is_err(), "{bad}");
+        }
+    }
+}

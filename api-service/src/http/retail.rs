@@ -1,0 +1,399 @@
+//! The routes under `/api`, in the words and the envelope of seed 002's order service. What they do
+//! is what the others do; here it is read and said otherwise.
+
+use axum::{
+    Extension, Router,
+    extract::{Path, Query, Request, State, rejection::PathRejection, rejection::QueryRejection},
+    http::{HeaderMap, HeaderName, HeaderValue, header},
+    middleware::{Next, from_fn, from_fn_with_state},
+    response::{IntoResponse, Response},
+    routing::{get, patch, post},
+};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
+use shared::{
+    money::Money,
+    order::{Unknown, Violation, parse_items, total},
+};
+use time::OffsetDateTime;
+use tokio::time::Instant;
+use tower_http::catch_panic::CatchPanicLayer;
+use uuid::Uuid;
+
+use super::{
+    App, admit,
+    orders::{answer_with, check_content_type, conditions, read_body},
+    panicked,
+    prefer::PREFERENCE_APPLIED,
+    reads::{etag, json, text, visible_order},
+    status,
+};
+use crate::{
+    error::Problem,
+    identity::Caller,
+    orders::{Done, Operation, Progress},
+    prices::Prices,
+    request::Defaults,
+    store::{
+        pages::{self, Page},
+        read::Order,
+    },
+    unpriced,
+};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// A longer one is somebody's mistake.
+const MAX_REQUEST_ID: usize = 256;
+const PAGE_SIZE: i64 = 10;
+const MAX_PAGE_SIZE: i64 = 100;
+
+/// What is special here.
+pub(crate) struct Retail {
+    defaults: Defaults,
+    prices: Option<Prices>,
+}
+
+impl Retail {
+    pub(crate) fn new(defaults: &Defaults, prices: Option<Prices>) -> Self {
+        let lifecycle = defaults.lifecycles.find("retail").unwrap_or(defaults.lifecycle);
+        Self { defaults: Defaults { lifecycle, ..defaults.clone() }, prices }
+    }
+}
+
+pub(super) fn router(app: App) -> Router<App> {
+    Router::new()
+        .route("/orders", post(create).get(list))
+        .route("/orders/{order_id}", get(order))
+        .route("/orders/{order_id}/status", patch(set_status))
+        .route("/orders/{order_id}/cancel", post(cancel))
+        .route("/users/{user_id}/orders", get(of_user))
+        .route_layer(from_fn_with_state(app, admit))
+        .fallback(|| async { Problem::UnknownRoute })
+        .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(envelope))
+}
+
+/// Says every refusal in this API's words, and the request's own id with every answer.
+async fn envelope(request: Request, next: Next) -> Response {
+    let id = request.headers().get(REQUEST_ID).filter(|id| id.len() <= MAX_REQUEST_ID).cloned();
+    let mut response = next.run(request).await;
+    if let Some(problem) = response.extensions_mut().remove::<Problem>() {
+        let mut body = problem.members();
+        body.insert("status".into(), "error".into());
+        body.insert("message".into(), problem.sentence().into());
+        let (mut parts, _) = response.into_parts();
+        parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        // It was the problem's.
+        parts.headers.remove(header::CONTENT_LENGTH);
+        response = Response::from_parts(parts, Value::Object(body).to_string().into());
+    }
+    if let Some(id) = id {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    response
+}
+
+#[derive(Serialize)]
+struct Success<T> {
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<T>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pagination: Option<Pagination>,
+}
+
+impl<T> Success<T> {
+    fn saying(message: &'static str) -> Self {
+        Self { status: "success", message: Some(message), data: None, pagination: None }
+    }
+
+    fn of(data: T) -> Self {
+        Self { status: "success", message: None, data: Some(data), pagination: None }
+    }
+}
+
+async fn create(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, Problem> {
+    let arrived = Instant::now();
+    let (parts, body) = request.into_parts();
+    check_content_type(&parts.headers)?;
+    let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
+    let Retail { defaults, prices } = &app.retail;
+    let upsert = unpriced::parse(&body.bytes, &caller, defaults, prices.as_ref()).await?;
+    let (conditions, applied) = conditions(&app, &caller, &parts.headers, &upsert, &body, arrived)?;
+    drop(body);
+    let done = app.orders.submit(upsert, conditions).await?;
+    let message = match (done.progress, done.operation) {
+        (Progress::Pending, _) => "Order accepted; it is being processed",
+        (_, Operation::Created) => "Order created successfully",
+        (_, Operation::Updated) => "Order updated successfully",
+        (_, Operation::Deleted) => "Order deleted successfully",
+        (_, Operation::Moved) => "Order status updated successfully",
+    };
+    let success = Success { data: Some(shown(&app, &done).await), ..Success::saying(message) };
+    let mut response = answer_with(&done, "/api", json(&success));
+    if let Some(applied) = applied {
+        response.headers_mut().insert(PREFERENCE_APPLIED, applied);
+    }
+    Ok(response)
+}
+
+/// The order as it is stored. It is stored, so that not being able to read it is no failure: then
+/// it is what we know.
+async fn shown(app: &App, done: &Done) -> Data {
+    let short = || Short {
+        id: done.order_id,
+        status: done.state.status.clone(),
+        total_amount: done.state.amount,
+        currency: done.state.currency.clone(),
+    };
+    match app.orders.order(done.order_id).await {
+        Ok(Some(order)) => Data::Whole(Box::new(order.into())),
+        Ok(None) => Data::Short(short()),
+        Err(error) => {
+            tracing::warn!(order.id = %done.order_id, error = error.chain(), "reading what was stored");
+            Data::Short(short())
+        }
+    }
+}
+
+async fn order(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+) -> Result<Response, Problem> {
+    let order = visible_order(&app, &caller, path).await?;
+    let tag = [(header::ETAG, etag(order.version))];
+    Ok((tag, json(&Success::of(Shown::from(order)))).into_response())
+}
+
+async fn set_status(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+    request: Request,
+) -> Result<Response, Problem> {
+    let (_, done) = status::set_status(&app, &caller, path, request).await?;
+    Ok(moved(&done, "Order status updated successfully"))
+}
+
+async fn cancel(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let (_, done) = status::cancel_order(&app, &caller, path, &headers).await?;
+    Ok(moved(&done, "Order cancelled successfully"))
+}
+
+fn moved(done: &Done, message: &'static str) -> Response {
+    status::answer_with(done, json(&Success::<()>::saying(message)))
+}
+
+async fn list(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    query: Result<Query<Asked>, QueryRejection>,
+) -> Result<Response, Problem> {
+    match caller.only() {
+        Some(user_id) => users_page(&app, user_id, query).await,
+        None => {
+            let turned = Turned::to(query, pages::DEPTH_OF_ALL)?;
+            Ok(turned.render(pages::of_all(&app.orders.db, turned.size, turned.offset()).await?))
+        }
+    }
+}
+
+async fn of_user(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    path: Result<Path<String>, PathRejection>,
+    query: Result<Query<Asked>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let user_id = text(path)?;
+    if !caller.sees(&user_id) || user_id.contains('\0') {
+        return Err(Problem::UnknownOrder);
+    }
+    users_page(&app, &user_id, query).await
+}
+
+async fn users_page(
+    app: &App,
+    user_id: &str,
+    query: Result<Query<Asked>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let turned = Turned::to(query, pages::DEPTH_OF_USER)?;
+    Ok(turned.render(pages::of_user(&app.orders.db, user_id, turned.size, turned.offset()).await?))
+}
+
+#[derive(Deserialize)]
+struct Asked {
+    page: Option<String>,
+    page_size: Option<String>,
+}
+
+/// Which page is turned to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Turned {
+    page: i64,
+    size: i64,
+}
+
+impl Turned {
+    fn to(query: Result<Query<Asked>, QueryRejection>, depth: i64) -> Result<Self, Problem> {
+        let Query(asked) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
+        let mut violations = Vec::new();
+        let mut number = |name: &str, asked: Option<&str>, default: i64, most: i64| match asked.map(str::parse) {
+            None => default,
+            Some(Ok(number)) if (1..=most).contains(&number) => number,
+            Some(_) => {
+                let most = if most == i64::MAX { " or more".to_owned() } else { format!(" to {most}") };
+                violations.push(Violation::new(format!("/{name}"), format!("must be a whole number from 1{most}")));
+                default
+            }
+        };
+        let page = number("page", asked.page.as_deref(), 1, i64::MAX);
+        let size = number("page_size", asked.page_size.as_deref(), PAGE_SIZE, MAX_PAGE_SIZE);
+        if page.saturating_mul(size) > depth {
+            let reason =
+                format!("goes beyond the newest {depth} orders; GET /orders goes on from there, by its cursor");
+            violations.push(Violation::new("/page", reason));
+        }
+        if violations.is_empty() { Ok(Self { page, size }) } else { Err(Problem::Invalid(violations)) }
+    }
+
+    fn offset(self) -> i64 {
+        (self.page - 1) * self.size
+    }
+
+    fn render(self, Page { orders, total }: Page) -> Response {
+        let total_pages = (total + self.size - 1) / self.size;
+        let pagination = Pagination { page: self.page, page_size: self.size, total, total_pages };
+        let orders: Vec<Shown> = orders.into_iter().map(Shown::from).collect();
+        json(&Success { pagination: Some(pagination), ..Success::of(orders) }).into_response()
+    }
+}
+
+#[derive(Serialize)]
+struct Pagination {
+    page: i64,
+    page_size: i64,
+    total: i64,
+    total_pages: i64,
+}
+
+/// Of an order that cannot be read just now.
+#[derive(Serialize)]
+struct Short {
+    id: Uuid,
+    status: String,
+    total_amount: Option<Money>,
+    currency: Option<String>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Data {
+    Whole(Box<Shown>),
+    Short(Short),
+}
+
+/// An order as it reads here.
+struct Shown(Order);
+
+impl From<Order> for Shown {
+    fn from(order: Order) -> Self {
+        Self(order)
+    }
+}
+
+#[derive(Serialize)]
+struct ShownItem<'a> {
+    /// Made of the order's id and the item's place in it.
+    id: Uuid,
+    product_id: &'a str,
+    quantity: u32,
+    unit_price: Money,
+    subtotal: Option<Money>,
+}
+
+impl Serialize for Shown {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Fields<'a> {
+            id: Uuid,
+            user_id: &'a str,
+            status: &'a str,
+            total_amount: Option<Money>,
+            currency: Option<&'a str>,
+            shipping_address: Option<&'a str>,
+            billing_address: Option<&'a str>,
+            notes: Option<&'a str>,
+            order_items: Vec<ShownItem<'a>>,
+            #[serde(with = "time::serde::rfc3339")]
+            created_at: OffsetDateTime,
+            #[serde(with = "time::serde::rfc3339")]
+            updated_at: OffsetDateTime,
+        }
+        let Self(order) = self;
+        // What cannot be read as items was refused, and is none of this API's making.
+        let items = order.items.as_deref().and_then(|raw| parse_items(raw, "/items", Unknown::Ignore).ok());
+        let items = items.unwrap_or_default();
+        let shown = items.iter().enumerate().map(|(index, item)| ShownItem {
+            id: Uuid::new_v5(&order.order_id, index.to_string().as_bytes()),
+            product_id: &item.product_id,
+            quantity: item.quantity,
+            unit_price: item.unit_price,
+            subtotal: item.unit_price.times(item.quantity),
+        });
+        Fields {
+            id: order.order_id,
+            user_id: &order.user_id,
+            status: &order.status,
+            // The worker computes it just so; until then it is not stored.
+            total_amount: order.amount.or_else(|| if items.is_empty() { None } else { total(&items) }),
+            currency: order.currency.as_deref(),
+            shipping_address: order.shipping_address.as_deref(),
+            billing_address: order.billing_address.as_deref(),
+            notes: order.notes.as_deref(),
+            order_items: shown.collect(),
+            created_at: order.created_at,
+            updated_at: order.updated_at,
+        }
+        .serialize(serializer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn turned(query: &str, depth: i64) -> Result<Turned, Vec<String>> {
+        let query = Query::try_from_uri(&format!("/?{query}").parse().unwrap());
+        Turned::to(query, depth).map_err(|problem| match problem {
+            Problem::Invalid(violations) => violations.into_iter().map(|v| v.pointer).collect(),
+            other => panic!("{other:?}"),
+        })
+    }
+
+    #[test]
+    fn pages_are_of_ten_and_go_so_deep() {
+        assert_eq!(turned("", 100), Ok(Turned { page: 1, size: 10 }));
+        assert_eq!(turned("page=10&other=x", 100).unwrap().offset(), 90);
+        assert_eq!(turned("page_size=100", 100).unwrap().offset(), 0);
+        assert_eq!(turned("page=11", 100), Err(vec!["/page".to_owned()]));
+        assert_eq!(turned(&format!("page={}&page_size=100", i64::MAX), 100), Err(vec!["/page".to_owned()]));
+        for bad in ["0", "-1", "1.5", "x", "", "9223372036854775808"] {
+            assert_eq!(turned(&format!("page={bad}"), 100), Err(vec!["/page".to_owned()]), "{bad}");
+            assert_eq!(turned(&format!("page_size={bad}"), 100), Err(vec!["/page_size".to_owned()]), "{bad}");
+        }
+        assert_eq!(turned("page_size=101", 1_000), Err(vec!["/page_size".to_owned()]));
+    }
+}

@@ -1,0 +1,191 @@
+//! What is the same for all of HTTP: how often callers may ask, which pages may call, and what is
+//! said with every answer.
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use test_support::{HttpClient, Method, Reply, System, beside_others, eventually, order};
+
+async fn send(http: &HttpClient, method: Method, path: &str, headers: &[(&str, &str)]) -> Reply {
+    let reply = http.send(method.clone(), path, headers, Bytes::new()).await;
+    reply.unwrap_or_else(|error| panic!("{method} {path}: {error:#}"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_too_often_is_told_when_to_ask_again_and_keeps_nobody_else_from_asking() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let api = system.api_with(&[("RATE_LIMIT", "1"), ("RATE_LIMIT_BURST", "10")]).await;
+    let http = api.http();
+    let nowhere = "/orders/0198f2a0-0000-7000-8000-000000000001";
+    let ask = async |path: &str, user: &str| send(http, Method::GET, path, &[("x-user-id", user)]).await;
+
+    let replies = join_all((0..40).map(|_| ask(nowhere, "busy"))).await;
+    let refused: Vec<&Reply> = replies.iter().filter(|reply| reply.status == 429).collect();
+    // A second or some may have passed.
+    assert!((20..=30).contains(&refused.len()), "{} of 40 were refused", refused.len());
+    for reply in &refused {
+        assert_eq!(reply.problem(), "rate-limited");
+        assert_eq!(reply.header("retry-after"), Some("1"), "{}", reply.summary());
+        assert!(
+            reply.header("ratelimit").is_some_and(|told| told.starts_with("\"default\";r=0;t=")),
+            "{}",
+            reply.summary()
+        );
+    }
+    for reply in &replies {
+        assert_eq!(reply.header("ratelimit-policy"), Some("\"default\";q=10;w=10"), "{}", reply.summary());
+        assert!([404, 429].contains(&reply.status), "{}", reply.summary());
+    }
+    let enveloped = ask("/api/orders", "busy").await;
+    if enveloped.status == 429 {
+        assert_eq!(enveloped.text("status"), "error");
+        assert!(enveloped.header("retry-after").is_some(), "{}", enveloped.summary());
+    }
+    // Others, and those who look after the service.
+    let other = ask(nowhere, "other").await.expect_status(404);
+    assert_eq!(other.header("ratelimit"), Some("\"default\";r=9;t=1"), "{}", other.summary());
+    // Who says no name is known by its address.
+    send(http, Method::GET, nowhere, &[]).await.expect_status(404);
+    for path in ["/health", "/ready", "/metrics"] {
+        for _ in 0..15 {
+            assert!(ask(path, "busy").await.expect_status(200).header("ratelimit").is_none(), "{path}");
+        }
+    }
+    eventually("another request to be allowed", || async {
+        let reply = ask(nowhere, "busy").await;
+        if reply.status == 404 { Ok(()) } else { Err(reply.summary()) }
+    })
+    .await;
+    assert!(http.metric("orderstream_requests_refused_total").await >= 20.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_beyond_the_rate_is_not_stored() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let api = system.api_with(&[("RATE_LIMIT", "1"), ("RATE_LIMIT_BURST", "5"), ("AUTH_MODE", "header")]).await;
+    let user = [("x-user-id", "user"), ("prefer", "respond-async")];
+    let sent = order("user");
+    let replies = join_all((0..20).map(|_| api.http().post_order_with(&sent, &user))).await;
+    let stored = replies.iter().filter(|reply| reply.status == 201).count();
+    assert!((5..20).contains(&stored), "{stored} were stored");
+    assert!(replies.iter().all(|reply| [201, 429].contains(&reply.status)));
+    let count = system.db.number("select count(*) from orders", &[]).await;
+    assert_eq!(usize::try_from(count).expect("a count"), stored);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_says_that_it_is_data_for_its_caller_alone() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let api = system.api().await;
+    let stored = api.http().post_order_async(&order("user")).await.expect_status(201);
+    let one = format!("/orders/{}", stored.text("order_id"));
+    let http = api.http();
+    let admin = api.admin();
+    let replies = [
+        stored,
+        send(http, Method::GET, &one, &[]).await.expect_status(200),
+        send(http, Method::GET, "/api/orders", &[]).await.expect_status(200),
+        send(http, Method::GET, "/orders/17", &[]).await.expect_status(400),
+        send(http, Method::GET, "/nothing", &[]).await.expect_status(404),
+        send(http, Method::DELETE, "/orders", &[]).await.expect_status(405),
+        send(http, Method::GET, "/health", &[]).await.expect_status(200),
+        send(http, Method::GET, "/metrics", &[]).await.expect_status(200),
+        send(&admin, Method::GET, "/admin/parked", &[]).await.expect_status(200),
+        send(&admin, Method::GET, "/admin/nothing", &[]).await.expect_status(404),
+    ];
+    for reply in &replies {
+        for (name, value) in [
+            ("x-content-type-options", "nosniff"),
+            ("referrer-policy", "no-referrer"),
+            ("cache-control", "no-store"),
+            ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+        ] {
+            assert_eq!(reply.header(name), Some(value), "{name} in {}", reply.summary());
+        }
+        // What nobody has asked for.
+        for name in ["access-control-allow-origin", "ratelimit", "ratelimit-policy"] {
+            assert!(reply.header(name).is_none(), "{name} in {}", reply.summary());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_allowed_origins_may_call_and_no_others() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let (shop, other) = ("https://shop.example", "https://elsewhere.example");
+    let api = system
+        .api_with(&[("CORS_ALLOWED_ORIGINS", "https://shop.example, http://localhost:3000"), ("AUTH_MODE", "header")])
+        .await;
+    let http = api.http();
+    let preflight = async |path: &str, origin: &str| {
+        let headers = [
+            ("origin", origin),
+            ("access-control-request-method", "POST"),
+            ("access-control-request-headers", "content-type,idempotency-key"),
+        ];
+        send(http, Method::OPTIONS, path, &headers).await
+    };
+    // Before it says who it is: browsers send no identity with this question.
+    for path in ["/orders", "/api/orders", "/orders/0198f2a0-0000-7000-8000-000000000001/cancel"] {
+        let reply = preflight(path, shop).await.expect_status(200);
+        assert_eq!(reply.header("access-control-allow-origin"), Some(shop), "{}", reply.summary());
+        for (name, part) in [
+            ("access-control-allow-methods", "POST"),
+            ("access-control-allow-headers", "idempotency-key"),
+            ("access-control-allow-headers", "authorization"),
+            ("access-control-max-age", "600"),
+        ] {
+            assert!(reply.header(name).is_some_and(|value| value.contains(part)), "{part}: {}", reply.summary());
+        }
+        assert!(reply.header("access-control-allow-credentials").is_none(), "{}", reply.summary());
+        let reply = preflight(path, other).await;
+        assert!(reply.header("access-control-allow-origin").is_none(), "{}", reply.summary());
+    }
+    // The answers themselves, refusals too.
+    let path = "/orders/0198f2a0-0000-7000-8000-000000000001";
+    for (headers, status) in [(vec![("origin", shop)], 401), (vec![("origin", shop), ("x-user-id", "user")], 404)] {
+        let reply = send(http, Method::GET, path, &headers).await.expect_status(status);
+        assert_eq!(reply.header("access-control-allow-origin"), Some(shop), "{}", reply.summary());
+        let shown = reply.header("access-control-expose-headers").unwrap_or_default();
+        for name in [
+            "location",
+            "etag",
+            "link",
+            "retry-after",
+            "preference-applied",
+            "x-request-id",
+            "idempotency-replayed",
+            "ratelimit",
+        ] {
+            assert!(shown.split(',').any(|one| one.trim() == name), "{name} in {shown}");
+        }
+    }
+    let reply = send(http, Method::GET, path, &[("origin", other), ("x-user-id", "user")]).await.expect_status(404);
+    assert!(reply.header("access-control-allow-origin").is_none(), "{}", reply.summary());
+
+    let open = system.api_with(&[("CORS_ALLOWED_ORIGINS", "*")]).await;
+    let reply = send(open.http(), Method::GET, path, &[("origin", other)]).await.expect_status(404);
+    assert_eq!(reply.header("access-control-allow-origin"), Some("*"), "{}", reply.summary());
+    // Where nobody has allowed it, it is no question that is answered.
+    let closed = system.api().await;
+    let headers = [("origin", shop), ("access-control-request-method", "POST")];
+    let reply = send(closed.http(), Method::OPTIONS, "/orders", &headers).await.expect_status(405);
+    assert!(reply.header("access-control-allow-origin").is_none(), "{}", reply.summary());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_without_measure_are_refused() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let api = system.api().await;
+    let many: String = (0..1_000).map(|n| format!("x-{n}: y\r\n")).collect();
+    for headers in [many, format!("x: {}\r\n", "y".repeat(200_000))] {
+        let request = format!("GET /health HTTP/1.1\r\nhost: x\r\n{headers}\r\n");
+        let reply = api.http().send_raw(request.as_bytes()).await.expect("an answer");
+        assert_eq!(reply.status, 431, "{}", reply.summary());
+    }
+    api.assert_healthy().await;
+}
