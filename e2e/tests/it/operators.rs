@@ -147,7 +147,7 @@ async fn bad_requests_of_operators_and_movers_are_named() {
     }
     let headers = [("origin", "https://elsewhere.example")];
     let foreign = admin.send(Method::POST, "/admin/parked/discard?kind=failed", &headers, Default::default()).await;
-    foreign.expect("an answer").expect_status(401);
+    foreign.expect("an answer").expect_status(403);
     let order_id = api.http().post_order_async(&test_support::order("user")).await.expect_status(201).text("order_id");
     let long = "x".repeat(300);
     for (method, path, body, status) in [
