@@ -97,7 +97,7 @@ impl From<BadRequest> for Problem {
 
 impl Problem {
     /// Status, last part of the type, title.
-    fn kind(&self) -> (StatusCode, &'static str, &'static str) {
+    pub(crate) fn kind(&self) -> (StatusCode, &'static str, &'static str) {
         match self {
             Self::Malformed(_) => (StatusCode::BAD_REQUEST, "malformed", "The request cannot be read"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation", "The request breaks rules"),
@@ -126,7 +126,7 @@ impl Problem {
         }
     }
 
-    fn detail(&self) -> Option<String> {
+    pub(crate) fn detail(&self) -> Option<String> {
         Some(match self {
             Self::Malformed(detail) => detail.clone(),
             Self::Invalid(violations) => shared::order::sentence(violations),
@@ -154,7 +154,7 @@ impl Problem {
         })
     }
 
-    fn members(&self) -> Map<String, Value> {
+    pub(crate) fn members(&self) -> Map<String, Value> {
         let members = match self {
             // A list of a thousand broken items helps nobody.
             Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(100)] }),

@@ -2,9 +2,9 @@
 
 pub(crate) mod admin;
 mod operations;
-mod orders;
-mod prefer;
-mod reads;
+pub(crate) mod orders;
+pub(crate) mod prefer;
+pub(crate) mod reads;
 mod status;
 
 use std::{sync::Arc, time::Duration};
@@ -70,9 +70,13 @@ pub(crate) fn router(app: App) -> Router {
 }
 
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    log_panic(&*panic);
+    Problem::Internal.into_response()
+}
+
+pub(crate) fn log_panic(panic: &(dyn std::any::Any + Send)) {
     let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     tracing::error!(message, "a handler panicked");
-    Problem::Internal.into_response()
 }
 
 /// Lets in whom we know, and tells the handlers who it is.

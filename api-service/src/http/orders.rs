@@ -61,9 +61,9 @@ pub(super) async fn submit(
 }
 
 /// A body, and the room that it takes.
-pub(super) struct WholeBody {
+pub(crate) struct WholeBody {
     pub bytes: Vec<u8>,
-    _room: Option<OwnedSemaphorePermit>,
+    pub room: Option<OwnedSemaphorePermit>,
 }
 
 pub(super) fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
@@ -76,7 +76,7 @@ pub(super) fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-pub(super) async fn read_body(
+pub(crate) async fn read_body(
     headers: &HeaderMap,
     body: Body,
     limit: usize,
@@ -117,12 +117,12 @@ pub(super) async fn read_body(
                 (whole, taken) = (Vec::new(), None);
             }
         }
-        if size > limit { Err(Problem::TooLarge { limit }) } else { Ok(WholeBody { bytes: whole, _room: taken }) }
+        if size > limit { Err(Problem::TooLarge { limit }) } else { Ok(WholeBody { bytes: whole, room: taken }) }
     };
     timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::TooSlow))
 }
 
-pub(super) fn trace(headers: &HeaderMap) -> Headers {
+pub(crate) fn trace(headers: &HeaderMap) -> Headers {
     let mut trace = Headers::default();
     for name in TRACE_HEADERS {
         if let Some(value) = headers.get(name).filter(|value| value.len() <= MAX_TRACE_HEADER) {
