@@ -70,6 +70,9 @@ pub struct ApiSettings {
     /// Port, or address and port; 0 takes a free one and prints it
     #[arg(long, env = "API_PORT", value_name = "API_PORT", default_value = "8080")]
     pub api_port: Listen,
+    /// Port of gRPC, or address and port; 0 takes a free one and prints it; off: none
+    #[arg(long, env = "GRPC_PORT", value_name = "GRPC_PORT", default_value = "50051")]
+    pub grpc_port: Listen,
     /// Port of the operators' routes (/admin), or address and port; off: none. Open on loopback only
     #[arg(long, env = "ADMIN_PORT", value_name = "ADMIN_PORT", default_value = "127.0.0.1:9080", value_parser = admin_port)]
     pub admin_port: Listen,

@@ -112,7 +112,7 @@ impl From<BadRequest> for Problem {
 
 impl Problem {
     /// Status, last part of the type, title.
-    fn kind(&self) -> (StatusCode, &'static str, &'static str) {
+    pub(crate) fn kind(&self) -> (StatusCode, &'static str, &'static str) {
         match self {
             Self::Malformed(_) => (StatusCode::BAD_REQUEST, "malformed", "The request cannot be read"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation", "The request breaks rules"),
@@ -147,7 +147,7 @@ impl Problem {
         }
     }
 
-    fn detail(&self) -> Option<String> {
+    pub(crate) fn detail(&self) -> Option<String> {
         Some(match self {
             Self::Malformed(detail) => detail.clone(),
             Self::Invalid(violations) => shared::order::sentence(violations),

@@ -1,4 +1,4 @@
-//! `api-service`: orders in over HTTP, durable in PostgreSQL, told to Kafka, answered when the
+//! `api-service`: orders in over HTTP and gRPC, durable in PostgreSQL, told to Kafka, answered when the
 //! worker has.
 //!
 //! One order's path: [`http`] parses → [`orders`] decides whether to wait → [`writer`] stores it
@@ -10,6 +10,7 @@ mod body;
 mod change;
 pub mod config;
 mod error;
+mod grpc;
 mod http;
 mod idempotency;
 mod identity;
@@ -52,7 +53,7 @@ const LAST_ACTS: Duration = Duration::from_secs(2);
 const BODIES_KIB: usize = 64 * 1024;
 const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Serves on `listener`, and operators on `admin`, until `shutdown`; then finishes what has begun.
+/// Serves on `listener`, gRPC on `grpc`, and operators on `admin`, until `shutdown`; then finishes what has begun.
 ///
 /// # Errors
 /// When the settings contradict each other, the database has a schema that is not ours, or a part
@@ -60,6 +61,7 @@ const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 pub async fn run(
     config: Config,
     listener: TcpListener,
+    grpc: Option<TcpListener>,
     admin: Option<TcpListener>,
     metrics: PrometheusHandle,
     shutdown: impl Future<Output = ()>,
@@ -132,13 +134,12 @@ pub async fn run(
     let timeout = Duration::from_millis(service.shutdown_timeout_ms);
     let grace = Duration::from_millis(service.shutdown_grace_ms).min(timeout);
     let patience = timeout.saturating_sub(LAST_ACTS).max(grace);
-    let serving = server::serve(
-        "http",
-        listener,
-        http::router(app),
-        server::Stop { leaving: leaving.clone(), grace, timeout: timeout.saturating_sub(LAST_ACTS / 2) },
-    );
-    let serving = tokio::spawn(serving);
+    let end = server::Stop { leaving: leaving.clone(), grace, timeout: timeout.saturating_sub(LAST_ACTS / 2) };
+    let mut serving = JoinSet::new();
+    if let Some(listener) = grpc {
+        serving.spawn(server::serve_http2("grpc", listener, grpc::router(app.clone())?, end.clone()));
+    }
+    serving.spawn(server::serve("http", listener, http::router(app), end));
 
     let failed = tokio::select! {
         () = shutdown => None,
@@ -155,7 +156,9 @@ pub async fn run(
         }
     });
     // Callers that wait still need the outbox and the acks: those end after the last of them.
-    serving.await?;
+    while let Some(ended) = serving.join_next().await {
+        ended?;
+    }
     last_call.abort();
     let _ = tokio::time::timeout_at(deadline, async { while writers.join_next().await.is_some() {} }).await;
     outbox.drain(deadline).await;

@@ -33,11 +33,15 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         anyhow::bail!("API_PORT=off leaves nothing to do");
     };
     let listener = shared::server::bind("http", "API_PORT", address).await?;
+    let grpc = match config.api.grpc_port {
+        Listen::Off => None,
+        Listen::At(address) => Some(shared::server::bind("grpc", "GRPC_PORT", address).await?),
+    };
     let admin = match config.api.admin_port {
         Listen::Off => None,
         Listen::At(address) => Some(shared::server::bind("admin", "ADMIN_PORT", address).await?),
     };
-    api_service::run(config, listener, admin, metrics, shutdown).await
+    api_service::run(config, listener, grpc, admin, metrics, shutdown).await
 }
 
 async fn migrate(config: Config) -> anyhow::Result<()> {

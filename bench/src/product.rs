@@ -63,6 +63,7 @@ impl Product {
             ("ORDERS_ACK_TOPIC", topics.acks.clone()),
             ("WORKER_GROUP", topics.group.clone()),
             ("API_PORT", "127.0.0.1:0".to_owned()),
+            ("GRPC_PORT", "off".to_owned()),
             ("ADMIN_PORT", "off".to_owned()),
             ("WORKER_PORT", "127.0.0.1:0".to_owned()),
             ("ACK_WAIT_MAX_MS", (WAIT_MAX_SECONDS * 1000).to_string()),

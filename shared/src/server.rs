@@ -1,19 +1,23 @@
-//! Serves HTTP on a listener until it is told to stop, and then answers what has begun.
+//! Serves HTTP, 1.1 or 2, on a listener until it is told to stop, and then answers what has begun.
 
-use std::{io::ErrorKind, net::IpAddr, time::Duration};
+use std::{io::ErrorKind, net::IpAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
     http::{HeaderValue, header},
     response::Response,
 };
-use hyper::{body::Incoming, server::conn::http1};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+};
 use hyper_util::{
-    rt::{TokioIo, TokioTimer},
+    rt::{TokioExecutor, TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
 };
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::Semaphore,
     time::{Instant, timeout_at},
 };
 use tokio_io_timeout::TimeoutStream;
@@ -27,6 +31,14 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// What one connection may hold of requests that are coming and answers that nobody has taken yet.
 const BUFFER: usize = 64 * 1024;
+/// How often a client of HTTP/2 is asked whether it is still there, and how long it may think: within
+/// `IDLE_TIMEOUT` it has said something.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// Requests at once on one connection of HTTP/2: many callers wait on it.
+const STREAMS: u32 = 1000;
+/// What the headers of one request may come to, on HTTP/2.
+const HEADERS: u32 = 16 * 1024;
 /// How long an open connection may still bring a request after the listener is closed.
 const LINGER: Duration = Duration::from_millis(500);
 /// When the process has no file descriptors left, accepting fails at once, again and again.
@@ -53,6 +65,40 @@ pub struct Peer(pub IpAddr);
 pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).max_buf_size(BUFFER);
+    serve_with(name, listener, app, stop, Protocol::Http1(server)).await;
+}
+
+/// As [`serve`], over HTTP/2 that both sides know of beforehand, as gRPC's do.
+pub async fn serve_http2(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
+    let mut server = http2::Builder::new(TokioExecutor::new());
+    server
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(HEADERS)
+        .max_send_buf_size(BUFFER);
+    serve_with(name, listener, app, stop, Protocol::Http2(server)).await;
+}
+
+/// Among the extensions of a request over HTTP/2: what it shares with all others of its connection.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// For answers that may be large: a client that asks for many and takes none is held up by its
+    /// own.
+    pub large_answers: Arc<Semaphore>,
+}
+
+/// Large answers under way on one connection.
+const LARGE_ANSWERS: usize = 16;
+
+#[derive(Clone)]
+enum Protocol {
+    Http1(http1::Builder),
+    Http2(http2::Builder<TokioExecutor>),
+}
+
+async fn serve_with(name: &'static str, listener: TcpListener, app: Router, stop: Stop, server: Protocol) {
     let (connections, tasks) = (GracefulShutdown::new(), TaskTracker::new());
     let leaving = stop.leaving.clone();
     let abandoned = CancellationToken::new();
@@ -64,19 +110,37 @@ pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop:
         let (app, server, leaving, abandoned) = (app.clone(), server.clone(), leaving.clone(), abandoned.clone());
         let watcher = connections.watcher();
         tasks.spawn(async move {
-            let service = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
-                request.extensions_mut().insert(peer);
-                let (app, leaving) = (app.clone(), leaving.clone());
-                async move {
-                    let response = app.oneshot(request.map(axum::body::Body::new)).await;
-                    response.map(|response| if leaving.is_cancelled() { closing(response) } else { response })
-                }
-            });
             let mut stream = TimeoutStream::new(stream);
             stream.set_write_timeout(Some(WRITE_TIMEOUT));
-            let connection = server.serve_connection(TokioIo::new(Box::pin(stream)), service);
+            let serving = async {
+                match server {
+                    Protocol::Http1(server) => {
+                        let service = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
+                            request.extensions_mut().insert(peer);
+                            let (app, leaving) = (app.clone(), leaving.clone());
+                            async move {
+                                let response = app.oneshot(request.map(axum::body::Body::new)).await;
+                                response
+                                    .map(|response| if leaving.is_cancelled() { closing(response) } else { response })
+                            }
+                        });
+                        watcher.watch(server.serve_connection(TokioIo::new(Box::pin(stream)), service)).await
+                    }
+                    Protocol::Http2(server) => {
+                        // Whoever is there answers pings; who never begins to speak is closed, too.
+                        stream.set_read_timeout(Some(IDLE_TIMEOUT));
+                        let connection = Connection { large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)) };
+                        let service = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
+                            request.extensions_mut().insert(connection.clone());
+                            request.extensions_mut().insert(peer);
+                            app.clone().oneshot(request.map(axum::body::Body::new))
+                        });
+                        watcher.watch(server.serve_connection(TokioIo::new(Box::pin(stream)), service)).await
+                    }
+                }
+            };
             // One whose client neither takes nor gives anything must not outlive the server.
-            match abandoned.run_until_cancelled(watcher.watch(connection)).await {
+            match abandoned.run_until_cancelled(serving).await {
                 Some(Err(error)) => tracing::debug!(%error, "connection"),
                 Some(Ok(())) => {}
                 None => tracing::debug!("a connection did not end in time"),

@@ -53,6 +53,13 @@ impl Api {
         Self(Service::spawn("api-service", "API_PORT", settings).await)
     }
 
+    /// Where it listens for gRPC.
+    pub fn grpc_address(&self) -> String {
+        let log = self.0.log.text();
+        let address = log.lines().find_map(|line| line.strip_prefix("grpc: listening on "));
+        address.unwrap_or_else(|| panic!("no gRPC in the log:\n{log}")).to_owned()
+    }
+
     /// A client for the operators' routes.
     pub fn admin(&self) -> HttpClient {
         let log = self.0.log.text();
@@ -106,7 +113,7 @@ pub struct Service {
 impl Service {
     async fn spawn(name: &'static str, port_key: &str, settings: &Settings) -> Self {
         let mut command = command(name, settings);
-        for key in [port_key, "ADMIN_PORT"] {
+        for key in [port_key, "GRPC_PORT", "ADMIN_PORT"] {
             if !settings.0.contains_key(key) {
                 command.env(key, "127.0.0.1:0");
             }

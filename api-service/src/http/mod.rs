@@ -1,13 +1,13 @@
 //! The HTTP API: routes, limits, and what is the same for every request.
 
 pub(crate) mod admin;
-mod conditions;
+pub(crate) mod conditions;
 pub(crate) mod headers;
 mod lists;
 mod operations;
-mod orders;
-mod prefer;
-mod reads;
+pub(crate) mod orders;
+pub(crate) mod prefer;
+pub(crate) mod reads;
 mod retail;
 mod status;
 mod watch;
@@ -17,6 +17,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     extract::{Request, State},
+    http::{Extensions, HeaderMap},
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse as _, Response},
     routing::{get, post, put},
@@ -29,9 +30,9 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
     error::Problem,
-    identity::Identity,
+    identity::{Caller, Identity},
     orders::{Orders, WaitLimits},
-    rate::RateLimiter,
+    rate::{RateLimiter, Verdict},
     request::Defaults,
     watch::Watchers,
 };
@@ -96,19 +97,33 @@ pub(crate) fn router(app: App) -> Router {
 }
 
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    log_panic(&*panic);
+    Problem::Internal.into_response()
+}
+
+pub(crate) fn log_panic(panic: &(dyn std::any::Any + Send)) {
     let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     tracing::error!(message, "a handler panicked");
-    Problem::Internal.into_response()
+}
+
+/// Who makes a request, and whether that one asks too often.
+pub(crate) fn who_asks<'a>(
+    app: &'a App,
+    headers: &HeaderMap,
+    extensions: &Extensions,
+) -> Result<(Caller, Option<(&'a RateLimiter, Verdict)>), Problem> {
+    let caller = app.identity.caller(headers)?;
+    let peer = extensions.get::<Peer>().map(|Peer(address)| *address);
+    let verdict = app.limiter.as_ref().map(|limiter| (limiter, limiter.ask(caller.user(), peer)));
+    Ok((caller, verdict))
 }
 
 /// Lets in whom we know, as often as that one may, and tells the handlers who it is.
 async fn admit(State(app): State<App>, mut request: Request, next: Next) -> Response {
-    let caller = match app.identity.caller(request.headers()) {
-        Ok(caller) => caller,
+    let (caller, verdict) = match who_asks(&app, request.headers(), request.extensions()) {
+        Ok(known) => known,
         Err(problem) => return problem.into_response(),
     };
-    let peer = request.extensions().get::<Peer>().map(|Peer(address)| *address);
-    let verdict = app.limiter.as_ref().map(|limiter| (limiter, limiter.ask(caller.user(), peer)));
     let mut response = match verdict {
         Some((_, verdict)) if !verdict.allowed => {
             Problem::TooMany { retry_after: verdict.retry_after() }.into_response()

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     error::{Problem, RETRY_AFTER},
     identity::Caller,
-    orders::{Conditions, Done, Operation, Progress},
+    orders::{Conditions, Done, Operation, Progress, WaitLimits},
     request::{self, Upsert},
 };
 
@@ -50,7 +50,7 @@ pub(super) async fn submit(
     check_content_type(&parts.headers)?;
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
     let upsert = request::parse(&body.bytes, &caller, &app.defaults)?;
-    let (conditions, applied) = conditions(&app, &caller, &parts.headers, &upsert, &body, arrived)?;
+    let (conditions, applied) = conditions(app.limits, &caller, &parts.headers, &upsert, &body.bytes, arrived)?;
     drop(body);
     let done = app.orders.submit(upsert, conditions).await?;
     let mut response = render(&done);
@@ -62,28 +62,28 @@ pub(super) async fn submit(
 
 /// How to do what a body asks for, as the headers say; and what to say about the caller's
 /// preference.
-pub(super) fn conditions(
-    app: &App,
+pub(crate) fn conditions(
+    limits: WaitLimits,
     caller: &Caller,
     headers: &HeaderMap,
     upsert: &Upsert,
-    body: &WholeBody,
+    body: &[u8],
     arrived: Instant,
 ) -> Result<(Conditions, Option<HeaderValue>), Problem> {
-    let Preference { wait, applied } = preference(headers, app.limits);
+    let Preference { wait, applied } = preference(headers, limits);
     let conditions = Conditions {
         wait: wait.map(|wait| arrived + wait),
         trace: trace(headers),
         expected: if_match(headers)?,
-        claim: claim_of_upsert(headers, caller, upsert, &body.bytes, wait)?,
+        claim: claim_of_upsert(headers, caller, upsert, body, wait)?,
     };
     Ok((conditions, applied))
 }
 
 /// A body, and the room that it takes.
-pub(super) struct WholeBody {
+pub(crate) struct WholeBody {
     pub bytes: Vec<u8>,
-    _room: Option<OwnedSemaphorePermit>,
+    pub room: Option<OwnedSemaphorePermit>,
 }
 
 pub(super) fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
@@ -96,7 +96,7 @@ pub(super) fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-pub(super) async fn read_body(
+pub(crate) async fn read_body(
     headers: &HeaderMap,
     body: Body,
     limit: usize,
@@ -137,12 +137,12 @@ pub(super) async fn read_body(
                 (whole, taken) = (Vec::new(), None);
             }
         }
-        if size > limit { Err(Problem::TooLarge { limit }) } else { Ok(WholeBody { bytes: whole, _room: taken }) }
+        if size > limit { Err(Problem::TooLarge { limit }) } else { Ok(WholeBody { bytes: whole, room: taken }) }
     };
     timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::TooSlow))
 }
 
-pub(super) fn trace(headers: &HeaderMap) -> Headers {
+pub(crate) fn trace(headers: &HeaderMap) -> Headers {
     let mut trace = Headers::default();
     for name in TRACE_HEADERS {
         if let Some(value) = headers.get(name).filter(|value| value.len() <= MAX_TRACE_HEADER) {

@@ -40,18 +40,23 @@ pub(super) async fn by_external(
 ) -> Result<Response, Problem> {
     let external_id = text(path)?;
     let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
-    let asked = query.user_id.as_deref().or(caller.user());
-    let Some(user_id) = asked.filter(|user_id| !user_id.is_empty()) else {
-        return Err(Problem::Invalid(vec![Violation::new(
-            "/user_id",
-            "is missing: whose order is it? Give ?user_id=",
-        )]));
+    Ok(render(&find_by_external(&app, &caller, query.user_id.as_deref(), &external_id).await?, &headers))
+}
+
+/// This user's order of this external id, if the caller may see it; by default the caller's own.
+pub(crate) async fn find_by_external(
+    app: &App,
+    caller: &Caller,
+    user_id: Option<&str>,
+    external_id: &str,
+) -> Result<Order, Problem> {
+    let Some(user_id) = user_id.or(caller.user()).filter(|user_id| !user_id.is_empty()) else {
+        return Err(Problem::Invalid(vec![Violation::new("/user_id", "is missing: whose order is it? Give user_id")]));
     };
     if external_id.contains('\0') || user_id.contains('\0') || !caller.sees(user_id) {
         return Err(Problem::UnknownOrder);
     }
-    let found = read::order_by_external(&app.orders.db, user_id, &external_id).await?;
-    Ok(render(&found.ok_or(Problem::UnknownOrder)?, &headers))
+    read::order_by_external(&app.orders.db, user_id, external_id).await?.ok_or(Problem::UnknownOrder)
 }
 
 pub(super) async fn history(
@@ -115,7 +120,12 @@ pub(super) async fn visible_order(
     caller: &Caller,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Order, Problem> {
-    let order_id = uuid(&text(path)?, "the order id")?;
+    find(app, caller, &text(path)?).await
+}
+
+/// The order of this id, if there is one and the caller may see it.
+pub(crate) async fn find(app: &App, caller: &Caller, order_id: &str) -> Result<Order, Problem> {
+    let order_id = uuid(order_id, "the order id")?;
     let order = app.orders.order(order_id).await?.ok_or(Problem::UnknownOrder)?;
     if caller.sees(&order.user_id) { Ok(order) } else { Err(Problem::UnknownOrder) }
 }
@@ -146,7 +156,7 @@ fn is_known(headers: &HeaderMap, etag: &HeaderValue) -> bool {
 }
 
 /// A strong entity tag (RFC 9110, section 8.8.3).
-pub(super) fn etag(version: i64) -> HeaderValue {
+pub(crate) fn etag(version: i64) -> HeaderValue {
     HeaderValue::try_from(format!("\"{version}\"")).unwrap_or(HeaderValue::from_static("\"\""))
 }
 

@@ -126,7 +126,7 @@ async fn create(
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
     let Retail { defaults, prices } = &app.retail;
     let upsert = unpriced::parse(&body.bytes, &caller, defaults, prices.as_ref()).await?;
-    let (conditions, applied) = conditions(&app, &caller, &parts.headers, &upsert, &body, arrived)?;
+    let (conditions, applied) = conditions(app.limits, &caller, &parts.headers, &upsert, &body.bytes, arrived)?;
     drop(body);
     let done = app.orders.submit(upsert, conditions).await?;
     let message = match (done.progress, done.operation) {

@@ -9,6 +9,7 @@ mod clock;
 mod compose;
 mod deletes;
 mod features;
+mod grpc;
 mod idempotency;
 mod identity;
 mod kills;
