@@ -5,7 +5,7 @@
 //! `demo`: [`sample`] (the file of orders) → [`demo`] (sending it) → [`progress`].
 //! `bench`: [`run`] is the reading order; it drives [`pgbench`], [`product`] (the release binaries)
 //! and [`load`] (in a process of its own), and hands [`report`] what it saw. [`compare`] does the
-//! same with two builds in turn.
+//! same with two builds in turn; [`stored`] reads, with few and with many orders stored.
 
 pub mod compare;
 pub mod database;
@@ -24,6 +24,7 @@ pub mod progress;
 pub mod report;
 pub mod run;
 pub mod sample;
+pub mod stored;
 pub mod table;
 pub mod topics;
 

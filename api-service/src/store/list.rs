@@ -130,6 +130,7 @@ mod tests {
     use test_support::{TestDb, beside_others};
 
     use super::*;
+    use crate::store::{read, watch};
 
     #[derive(Parser)]
     struct Settings {
@@ -156,6 +157,17 @@ mod tests {
                  lateral (select timestamptz '2026-01-01' + n / 3 * {apart} * interval '1 microsecond' as at) t"
         );
         test_db.execute(&sql).await;
+    }
+
+    /// As the service would have it carried out.
+    async fn plan(connection: &db::Connection, options: &str, sql: &str, params: &str) -> String {
+        let explain = format!("prepare asked as {sql}; explain {options} execute asked ({params}); deallocate asked");
+        let answers = connection.client().simple_query(&explain).await.unwrap();
+        let lines = answers.iter().filter_map(|answer| match answer {
+            tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0),
+            _ => None,
+        });
+        lines.collect::<Vec<_>>().join("\n")
     }
 
     fn at(text: &str) -> OffsetDateTime {
@@ -209,22 +221,58 @@ mod tests {
             }
             let connection = db.connection().await.unwrap();
             for (sql, params, index) in &statements {
-                let explain = format!("prepare list as {sql}; explain execute list ({params}); deallocate list");
-                let answers = connection.client().simple_query(&explain).await.unwrap();
-                let plan: Vec<&str> = answers
-                    .iter()
-                    .filter_map(|answer| match answer {
-                        tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0),
-                        _ => None,
-                    })
-                    .collect();
-                let plan = plan.join("\n");
+                let plan = plan(&connection, "", sql, params).await;
                 for partition in 0..4 {
                     let scan = format!("Index Scan Backward using orders_p{partition}_{index}_order_id_idx");
                     assert!(plan.contains(&scan), "no {scan} with {rows} rows: {plan}");
                 }
                 assert!(!plan.contains("Sort  "), "{plan}");
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn one_order_is_looked_for_in_one_partition_and_its_history_only_when_it_has_changed() {
+        let _turn = beside_others().await;
+        let test_db = TestDb::new().await;
+        let db = migrated(&test_db).await;
+        fill(&test_db, 20_000, 1).await;
+        let told = "
+            update orders set external_id = order_id::text;
+            insert into order_refs select user_id, external_id, order_id, '' from orders;
+            insert into order_events (order_id, version, cause, type, to_status, at)
+            select order_id, 1, 'created', 'order.created', 'new', created_at from orders";
+        test_db.execute(told).await;
+        let one = test_db.lines("select order_id::text from orders where user_id = 'user-3' limit 1", &[]).await;
+        let id = &one[0];
+        let connection = db.connection().await.unwrap();
+        let searched = |plan: &str, table: &str| {
+            let scans = plan.lines().filter(|line| line.contains("Scan") && line.contains(table));
+            scans.filter(|line| !line.contains("Bitmap Index") && !line.contains("never executed")).count()
+        };
+        for (sql, params, expected) in [
+            (read::BY_ID, format!("'{id}'"), [("on orders_p", 1), ("on order_refs_p", 0), ("on order_events_p", 0)]),
+            (
+                read::BY_EXTERNAL,
+                format!("'user-3', '{id}'"),
+                [("on orders_p", 1), ("on order_refs_p", 1), ("on order_events_p", 0)],
+            ),
+            (
+                watch::TOLD_SINCE,
+                format!("array['{id}']::uuid[], array[0], 32, 5000"),
+                [("on orders_p", 1), ("on order_refs_p", 0), ("on order_events_p", 1)],
+            ),
+            (
+                watch::TOLD_SINCE,
+                format!("array['{id}']::uuid[], array[1], 32, 5000"),
+                [("on orders_p", 1), ("on order_refs_p", 0), ("on order_events_p", 0)],
+            ),
+        ] {
+            let plan = plan(&connection, "(analyze)", sql, &params).await;
+            for (table, count) in expected {
+                assert_eq!(searched(&plan, table), count, "{table}: {plan}");
+            }
+            assert!(!plan.contains("Seq Scan"), "{plan}");
         }
     }
 

@@ -109,20 +109,21 @@ pub(super) async fn query_on(
     Ok(connection.client().query(&statement, params).await?)
 }
 
+pub(super) const BY_ID: &str = concat!("select ", order_columns!(), " from orders o where o.order_id = $1");
+pub(super) const BY_EXTERNAL: &str = concat!(
+    "select ",
+    order_columns!(),
+    " from order_refs r join orders o on o.order_id = r.order_id where r.user_id = $1 and r.external_id = $2"
+);
+
 /// The order of this id.
 pub(crate) async fn order(db: &Db, order_id: Uuid) -> Result<Option<Order>, DbError> {
-    const SQL: &str = concat!("select ", order_columns!(), " from orders o where o.order_id = $1");
-    Ok(query(db, SQL, &[&order_id]).await?.first().map(order_of))
+    Ok(query(db, BY_ID, &[&order_id]).await?.first().map(order_of))
 }
 
 /// The order that has this external id of this user now, deleted or not.
 pub(crate) async fn order_by_external(db: &Db, user_id: &str, external_id: &str) -> Result<Option<Order>, DbError> {
-    const SQL: &str = concat!(
-        "select ",
-        order_columns!(),
-        " from order_refs r join orders o on o.order_id = r.order_id where r.user_id = $1 and r.external_id = $2"
-    );
-    Ok(query(db, SQL, &[&user_id, &external_id]).await?.first().map(order_of))
+    Ok(query(db, BY_EXTERNAL, &[&user_id, &external_id]).await?.first().map(order_of))
 }
 
 /// All that happened to an order, oldest first.

@@ -14,6 +14,24 @@ pub(crate) struct Told {
     pub row: HistoryRow,
 }
 
+// First the order, by its id, and only where its version is a later one its history. A planner that
+// is free to choose has tried all others: a limit keeps a subquery where it is, and what depends on
+// another comes after it.
+pub(super) const TOLD_SINCE: &str = "
+    select w.order_id, w.after, o.lifecycle, e.version, e.from_status, e.to_status, e.type, e.cause, e.ignored, e.at
+    from unnest($1::uuid[], $2::bigint[]) as w(order_id, after)
+    cross join lateral (
+        select lifecycle, version from orders where order_id = w.order_id and version > w.after limit 1
+    ) o
+    cross join lateral (
+        select version, from_status, to_status, type, cause, ignored, at
+        from order_events h
+        where h.order_id = w.order_id and h.version > w.after and h.version <= o.version and not h.ignored
+        order by h.version limit $3::bigint
+    ) e
+    order by w.order_id, w.after, e.version
+    limit $4::bigint";
+
 /// What made these orders' later versions, in their order; of each order at most `chunk` rows, of
 /// all together `limit`. Most orders have none: of those only the version is looked up.
 pub(crate) async fn told_since(
@@ -23,20 +41,8 @@ pub(crate) async fn told_since(
     chunk: usize,
     limit: usize,
 ) -> Result<Vec<Told>, DbError> {
-    const SQL: &str = "
-        select w.order_id, w.after, o.lifecycle, e.version, e.from_status, e.to_status, e.type, e.cause, e.ignored, e.at
-        from unnest($1::uuid[], $2::bigint[]) as w(order_id, after)
-        join orders o on o.order_id = w.order_id and o.version > w.after
-        cross join lateral (
-            select version, from_status, to_status, type, cause, ignored, at
-            from order_events h
-            where h.order_id = w.order_id and h.version > w.after and not h.ignored
-            order by h.version limit $3::bigint
-        ) e
-        order by w.order_id, w.after, e.version
-        limit $4::bigint";
     let [chunk, limit] = [chunk, limit].map(|count| i64::try_from(count).unwrap_or(i64::MAX));
-    let rows = query(db, SQL, &[&orders, &afters, &chunk, &limit]).await?;
+    let rows = query(db, TOLD_SINCE, &[&orders, &afters, &chunk, &limit]).await?;
     Ok(rows
         .iter()
         .map(|row| Told {

@@ -8,6 +8,7 @@ use anyhow::{Context, ensure};
 use bench::compare;
 use bench::load::{self, Plan};
 use bench::run::{self, Options};
+use bench::stored;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -27,7 +28,8 @@ Examples:
   bench
   bench --callers 64,512 --measure 10s
   bench --beside ../before/target/release --rounds 5 --callers 256
-  bench --parked 5000 --keep"
+  bench --parked 5000 --keep
+  bench stored --orders 10000,1000000"
 )]
 struct Args {
     #[command(subcommand)]
@@ -41,6 +43,30 @@ enum Command {
     /// The load generator alone, as the benchmark starts it.
     #[command(hide = true)]
     Load(Plan),
+    /// What reading costs with few and with many orders stored.
+    Stored(StoredArgs),
+}
+
+#[derive(clap::Args)]
+struct StoredArgs {
+    /// A PostgreSQL on which databases may be created.
+    #[arg(long, env = "POSTGRES_DSN", hide_env_values = true, default_value = "")]
+    postgres_dsn: String,
+
+    #[arg(long, env = "KAFKA_BROKERS", default_value = "")]
+    kafka_brokers: String,
+
+    /// librdkafka properties, as key=value,key=value.
+    #[arg(long, env = "KAFKA_CONFIG", hide_env_values = true, default_value = "")]
+    kafka_config: String,
+
+    /// How many orders are stored, ascending; each at least 10000.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "10000,1000000", value_parser = clap::value_parser!(u64).range(10_000..))]
+    orders: Vec<u64>,
+
+    /// Of each question.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    requests: u32,
 }
 
 #[derive(clap::Args)]
@@ -94,6 +120,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let result = match args.command {
         Some(Command::Load(plan)) => offer(&plan),
+        Some(Command::Stored(args)) => read(args),
         None => measure(args.run),
     };
     match result {
@@ -110,10 +137,30 @@ fn offer(plan: &Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(args: RunArgs) -> anyhow::Result<()> {
-    for (value, key) in [(&args.postgres_dsn, "POSTGRES_DSN"), (&args.kafka_brokers, "KAFKA_BROKERS")] {
+fn read(args: StoredArgs) -> anyhow::Result<()> {
+    check_servers(&args.postgres_dsn, &args.kafka_brokers)?;
+    ensure!(args.orders.is_sorted_by(|fewer, more| fewer < more), "--orders: must be ascending");
+    let options = stored::Options {
+        postgres_dsn: args.postgres_dsn,
+        kafka_brokers: args.kafka_brokers,
+        kafka_config: args.kafka_config,
+        sizes: args.orders,
+        requests: usize::try_from(args.requests)?,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    println!("{}", runtime.block_on(stored::run(&options, interrupted()))?);
+    Ok(())
+}
+
+fn check_servers(postgres: &str, kafka: &str) -> anyhow::Result<()> {
+    for (value, key) in [(postgres, "POSTGRES_DSN"), (kafka, "KAFKA_BROKERS")] {
         ensure!(!value.is_empty(), "{key} is not set; `make bench` provides it");
     }
+    Ok(())
+}
+
+fn measure(args: RunArgs) -> anyhow::Result<()> {
+    check_servers(&args.postgres_dsn, &args.kafka_brokers)?;
     ensure!(!args.callers.contains(&0), "--callers: 0 callers measure nothing");
     if cfg!(debug_assertions) {
         eprintln!("bench: this is a debug build: its figures mean nothing");

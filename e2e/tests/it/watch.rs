@@ -313,7 +313,8 @@ async fn a_thousand_watchers_on_two_replicas_see_each_change_once_and_in_order_t
         percentile(&mut resumed, 50),
         percentile(&mut resumed, 99),
     );
-    assert!(percentile(&mut live, 99) < Duration::from_secs(2), "they hear late");
+    // Milliseconds on a machine that does nothing else; this is for one that does.
+    assert!(percentile(&mut live, 99) < Duration::from_secs(5), "they hear late");
     assert_eq!(live.len() + resumed.len(), 2 * WATCHERS);
     staying.assert_healthy().await;
 }
