@@ -12,7 +12,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use serde_json::json;
 use shared::{
     backoff::Backoff,
     db::{Db, DbError},
@@ -211,7 +210,9 @@ impl Drop for Watch {
 fn event(row: &Told) -> Bytes {
     // A lifecycle's own names may be anything.
     let kind: String = row.row.event.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    format!("id: {}\nevent: {kind}\ndata: {}\n\n", row.row.version, json!(row.row)).into()
+    // Our own types always serialize.
+    let data = serde_json::to_string(&row.row).unwrap_or_default();
+    format!("id: {}\nevent: {kind}\ndata: {data}\n\n", row.row.version).into()
 }
 
 #[cfg(test)]
