@@ -60,6 +60,8 @@ pub(crate) fn router(app: App) -> anyhow::Result<Router> {
         Reflection::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // What details of refusals are made of.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let v1 = reflection().build_v1()?.max_decoding_message_size(QUESTION_BYTES);
     // The one that older tools ask.

@@ -32,11 +32,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let Listen::At(address) = config.api.api_port else {
         anyhow::bail!("API_PORT=off leaves nothing to do");
     };
-    let listener = shared::server::bind("http", "API_PORT", address).await?;
     let grpc = match config.api.grpc_port {
         Listen::Off => None,
         Listen::At(address) => Some(shared::server::bind("grpc", "GRPC_PORT", address).await?),
     };
+    let listener = shared::server::bind("http", "API_PORT", address).await?;
     let admin = match config.api.admin_port {
         Listen::Off => None,
         Listen::At(address) => Some(shared::server::bind("admin", "ADMIN_PORT", address).await?),

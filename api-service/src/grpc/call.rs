@@ -9,6 +9,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
+use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::BodyExt as _;
 use shared::server::Connection;
@@ -173,12 +174,23 @@ pub(super) struct Held {
 fn hold(mut response: Response) -> Response {
     match response.extensions_mut().remove::<Held>() {
         Some(held) => response.map(|body| {
-            Body::new(body.map_frame(move |frame| {
-                let _held = &held;
-                frame
-            }))
+            // Not the body: that is done with when the whole of it is queued.
+            let keep = move |data| Bytes::from_owner(Kept { data, _held: held.clone() });
+            Body::new(body.map_frame(move |frame| frame.map_data(&keep)))
         }),
         None => response,
+    }
+}
+
+/// Bytes that have a place until the last of them is on its way.
+struct Kept {
+    data: Bytes,
+    _held: Held,
+}
+
+impl AsRef<[u8]> for Kept {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
     }
 }
 

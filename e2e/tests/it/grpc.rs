@@ -390,7 +390,7 @@ async fn what_no_proper_client_sends_is_refused_and_stops_nobody() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_takes_no_answers_holds_up_itself_alone() {
-    const ASKED: usize = 300;
+    const ASKED: usize = 900;
     let _turn = alone().await;
     let system = System::new().await;
     let api = system.api().await;
@@ -432,7 +432,7 @@ async fn a_client_that_takes_no_answers_holds_up_itself_alone() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     let grown = api.memory_kib().saturating_sub(before);
     println!("{ASKED} answers of 200 KB not taken: {grown} KiB");
-    assert!(grown < 30 * 1024, "{grown} KiB");
+    assert!(grown < 64 * 1024, "{grown} KiB; all of them would be 180 MB at least");
     api.assert_healthy().await;
 }
 
