@@ -240,10 +240,8 @@ fn say_etag<T>(response: &mut tonic::Response<T>, version: i64) {
 
 fn say<T>(response: &mut tonic::Response<T>, name: &str, value: &str) {
     // A state may have a name that no header can hold.
-    if let Ok(value) = MetadataValue::try_from(value) {
-        if let Ok(name) = AsciiMetadataKey::from_bytes(name.as_bytes()) {
-            response.metadata_mut().insert(name, value);
-        }
+    if let (Ok(name), Ok(value)) = (AsciiMetadataKey::from_bytes(name.as_bytes()), MetadataValue::try_from(value)) {
+        response.metadata_mut().insert(name, value);
     }
 }
 

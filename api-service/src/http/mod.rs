@@ -106,12 +106,15 @@ pub(crate) fn log_panic(panic: &(dyn std::any::Any + Send)) {
     tracing::error!(message, "a handler panicked");
 }
 
+/// What the limiter says of a request.
+pub(crate) type Limited<'a> = (&'a RateLimiter, Verdict);
+
 /// Who makes a request, and whether that one asks too often.
 pub(crate) fn who_asks<'a>(
     app: &'a App,
     headers: &HeaderMap,
     extensions: &Extensions,
-) -> Result<(Caller, Option<(&'a RateLimiter, Verdict)>), Problem> {
+) -> Result<(Caller, Option<Limited<'a>>), Problem> {
     let caller = app.identity.caller(headers)?;
     let peer = extensions.get::<Peer>().map(|Peer(address)| *address);
     let verdict = app.limiter.as_ref().map(|limiter| (limiter, limiter.ask(caller.user(), peer)));

@@ -205,7 +205,8 @@ async fn each_refusal_has_its_code_its_reason_and_its_fields() {
         let shown = format!("{message:?}");
         let (found, why, mut broken) = refused(orders.upsert_order(message).await);
         let mut fields = fields.to_vec();
-        (fields.sort_unstable(), broken.sort_unstable());
+        fields.sort_unstable();
+        broken.sort_unstable();
         assert_eq!(
             (found, why.as_str(), broken),
             (code, reason, fields.iter().map(ToString::to_string).collect()),

@@ -205,7 +205,7 @@ async fn a_token_that_is_not_ours_is_nobodys() {
     without_sub.as_object_mut().expect("an object").remove("sub");
     let mut without_exp = claims("user");
     without_exp.as_object_mut().expect("an object").remove("exp");
-    let tampered = good.replacen(body, &signed(&claims("admin")).split('.').nth(1).unwrap_or_default(), 1);
+    let tampered = good.replacen(body, signed(&claims("admin")).split('.').nth(1).unwrap_or_default(), 1);
     for (what, token) in [
         ("forged", forged),
         ("of another algorithm", other_hash),
