@@ -105,6 +105,7 @@ pub async fn run(
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,
         body_room: Arc::new(Semaphore::new(BODIES_KIB)),
+        bulk_places: http::bulk::Places::default(),
         metrics,
         started,
         leaving: leaving.clone(),

@@ -6,6 +6,8 @@
 //! refuses the rows, they are tried in halves. When the connection is lost nothing is tried
 //! again, since the commit may have been made: the caller hears so, and may safely repeat.
 
+mod together;
+
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::{
@@ -25,6 +27,7 @@ use tokio::{
     task::JoinSet,
     time::Instant,
 };
+use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -32,7 +35,11 @@ use crate::{
     change::{self, Context, Decided},
     error::Problem,
     request::{Change, Target},
-    store::{change as store_change, insert, insert::NewRow, read},
+    store::{
+        change as store_change, insert,
+        insert::NewRow,
+        read::{self, Reference},
+    },
 };
 
 /// Most changes in one transaction. Beyond this nothing is won, and one bad one costs more.
@@ -46,8 +53,14 @@ const WRITERS: usize = 2;
 const QUEUE: usize = 4_096;
 /// What all that waits may come to, in KiB: thousands of the largest bodies would not fit.
 const QUEUE_KIB: usize = 64 * 1024;
+/// What those who bring many at once have in the queues, in KiB and all together, and what each
+/// change counts at least: 1,024 changes, which keep the writers busy and leave room for others.
+const BULK_KIB: usize = 16 * 1024;
+const BULK_LINE_KIB: u32 = 16;
 /// So often others may be quicker, or in the way, before the caller is told to try again.
 const CONTENTION_RETRIES: usize = 5;
+
+const SHUTTING_DOWN: Problem = Problem::Unavailable("shutting down");
 
 /// What is to be made durable.
 #[derive(Debug)]
@@ -109,7 +122,23 @@ struct Command {
     origin: Origin,
     reply: oneshot::Sender<Result<Written, Problem>>,
     _room: OwnedSemaphorePermit,
+    /// Of those who want to know when all that they have queued is done.
+    _queued: Option<TaskTrackerToken>,
 }
+
+/// A change that has its place in the queue.
+pub(crate) struct Queued(oneshot::Receiver<Result<Written, Problem>>);
+
+impl Queued {
+    /// Returns once the change is durable.
+    pub(crate) async fn written(self) -> Result<Written, Problem> {
+        self.0.await.unwrap_or(Err(Problem::Unavailable(
+            "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
+        )))
+    }
+}
+
+pub(crate) use together::Stored;
 
 /// A handle to the writers.
 #[derive(Clone)]
@@ -118,6 +147,11 @@ pub(crate) struct Writer {
     changes: Vec<mpsc::Sender<Command>>,
     next: Arc<AtomicUsize>,
     room: Arc<Semaphore>,
+    bulk_room: Arc<Semaphore>,
+    /// For what is written together, on a connection of its own.
+    db: Db,
+    outbox: Outbox,
+    topic: Arc<str>,
 }
 
 impl Writer {
@@ -140,6 +174,10 @@ impl Writer {
             changes: (0..WRITERS).map(|_| start()).collect(),
             next: Arc::default(),
             room: Arc::new(Semaphore::new(QUEUE_KIB)),
+            bulk_room: Arc::new(Semaphore::new(BULK_KIB)),
+            db: db.clone(),
+            outbox: outbox.clone(),
+            topic: topic.into(),
         }
     }
 
@@ -148,13 +186,24 @@ impl Writer {
         const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
-        self.lane(&work).try_send(Command { work, origin, reply, _room: room }).map_err(|error| match error {
+        let command = Command { work, origin, reply, _room: room, _queued: None };
+        self.lane(&command.work).try_send(command).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => FULL,
-            mpsc::error::TrySendError::Closed(_) => Problem::Unavailable("shutting down"),
+            mpsc::error::TrySendError::Closed(_) => SHUTTING_DOWN,
         })?;
-        written.await.unwrap_or(Err(Problem::Unavailable(
-            "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
-        )))
+        Queued(written).written().await
+    }
+
+    /// Queues one of many changes that a client brings at once, when there is room for it: such a
+    /// client is held up instead of being refused, and leaves most of the queue to others. What is
+    /// queued first takes effect first, if it concerns the same order or the same external id.
+    pub(crate) async fn queue(&self, work: Work, origin: Origin, queued: &TaskTracker) -> Result<Queued, Problem> {
+        let kib = work.kib().clamp(BULK_LINE_KIB, BULK_KIB as u32);
+        let room = self.bulk_room.clone().acquire_many_owned(kib).await.map_err(|_| Problem::Internal)?;
+        let (reply, written) = oneshot::channel();
+        let command = Command { work, origin, reply, _room: room, _queued: Some(queued.token()) };
+        self.lane(&command.work).send(command).await.map_err(|_| SHUTTING_DOWN)?;
+        Ok(Queued(written))
     }
 
     /// What concerns one order or one external id goes to one writer: two would only wait for
@@ -297,13 +346,20 @@ impl Task {
         let stored = connection.within(deadline, insert::insert_orders(connection, &rows, &self.topic)).await?;
         let placed = rows.iter().filter_map(|row| Some(placed(row, stored.get(&row.order_id)?)));
         self.outbox.publish(placed.collect(), began);
+        // Many are lost where a client sends again what broke off: looked for all at once.
+        let lost = rows.iter().filter(|row| !stored.contains_key(&row.order_id));
+        let lost: Vec<&NewRow> = lost.copied().collect();
+        let holders = connection.within(deadline, holders(connection, &lost)).await.unwrap_or_default();
         let mut results = Vec::with_capacity(rows.len());
         for row in rows {
-            results.push(if stored.contains_key(&row.order_id) {
-                Ok(written(row))
-            } else {
+            results.push(match holders.get(&row.order_id) {
+                _ if stored.contains_key(&row.order_id) => Ok(written(row)),
+                Some(holder) if !holder.deleted => holder.before(row),
                 // Its neighbours are stored: what goes wrong from here on is this one's alone.
-                connection.within(deadline, self.create_again(connection, row)).await.unwrap_or_else(|e| Err(e.into()))
+                _ => connection
+                    .within(deadline, self.create_again(connection, row))
+                    .await
+                    .unwrap_or_else(|e| Err(e.into())),
             });
         }
         Ok(results)
@@ -317,12 +373,7 @@ impl Task {
         for _ in 0..CONTENTION_RETRIES {
             let Some(found) = read::reference(connection, &row.user_id, external_id).await? else { break };
             if !found.deleted {
-                return Ok(match found.correlation_id {
-                    Some(correlation_id) if found.fingerprint == row.fingerprint.0.to_be_bytes() => {
-                        Ok(Written::Before { order_id: found.order_id, correlation_id })
-                    }
-                    _ => Err(Problem::ExternalIdTaken { order_id: found.order_id }),
-                });
+                return Ok(found.before(row));
             }
             let began = Instant::now();
             if let Some(place) = insert::insert_in_place_of_deleted(connection, row, &self.topic).await? {
@@ -373,6 +424,28 @@ impl Task {
         let (sent, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
         self.outbox.publish(sent, began);
         Ok(results)
+    }
+}
+
+/// Who has the external ids of these, by the order that wanted one.
+async fn holders(connection: &Connection, rows: &[&NewRow]) -> Result<HashMap<Uuid, Reference>, DbError> {
+    if rows.len() < 2 {
+        return Ok(HashMap::new());
+    }
+    let ids = rows.iter().map(|row| (row.user_id.as_str(), row.external_id.as_deref().unwrap_or_default()));
+    let found = read::references(connection, &ids.collect::<Vec<_>>()).await?;
+    Ok(found.into_iter().filter_map(|(place, holder)| Some((rows.get(place)?.order_id, holder))).collect())
+}
+
+impl Reference {
+    /// Is the order that has the external id of this one the same?
+    fn before(&self, row: &NewRow) -> Result<Written, Problem> {
+        match self.correlation_id {
+            Some(correlation_id) if self.fingerprint == row.fingerprint.0.to_be_bytes() => {
+                Ok(Written::Before { order_id: self.order_id, correlation_id })
+            }
+            _ => Err(Problem::ExternalIdTaken { order_id: self.order_id }),
+        }
     }
 }
 

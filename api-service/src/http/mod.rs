@@ -1,6 +1,7 @@
 //! The HTTP API: routes, limits, and what is the same for every request.
 
 pub(crate) mod admin;
+pub(crate) mod bulk;
 mod operations;
 mod orders;
 mod prefer;
@@ -42,6 +43,7 @@ pub(crate) struct AppState {
     pub max_body_bytes: usize,
     /// KiB that are left for bodies being read.
     pub body_room: Arc<Semaphore>,
+    pub bulk_places: bulk::Places,
     pub metrics: PrometheusHandle,
     /// Ready, unless something is away.
     pub started: CancellationToken,
@@ -52,6 +54,7 @@ pub(crate) struct AppState {
 pub(crate) fn router(app: App) -> Router {
     Router::new()
         .route("/orders", post(orders::submit))
+        .route("/orders/bulk", post(bulk::submit))
         .route("/orders/by-external/{external_id}", get(reads::by_external))
         .route("/orders/{order_id}", get(reads::order))
         .route("/orders/{order_id}/history", get(reads::history))

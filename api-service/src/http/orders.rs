@@ -35,7 +35,7 @@ use crate::{
 
 /// Of a body that is too large, so much is read and thrown away before the answer: a client that
 /// is still sending would otherwise see its connection reset instead.
-const DRAIN_LIMIT: usize = 32 * 1024 * 1024;
+pub(super) const DRAIN_LIMIT: usize = 32 * 1024 * 1024;
 /// A trace header longer than this is not one (W3C Trace Context: 55 and 512 characters).
 const MAX_TRACE_HEADER: usize = 1024;
 

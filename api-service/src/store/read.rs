@@ -1,5 +1,7 @@
 //! Reads orders, their history, and what became of a request.
 
+use std::collections::HashMap;
+
 use rust_decimal::Decimal;
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -163,12 +165,33 @@ pub(crate) async fn reference(
         join order_events e on e.order_id = r.order_id and e.version = 1 and e.type = 'order.created'
         where r.user_id = $1 and r.external_id = $2";
     let rows = query_on(connection, SQL, &[&user_id, &external_id]).await?;
-    Ok(rows.first().map(|row| Reference {
+    Ok(rows.first().map(reference_of))
+}
+
+/// The same of many at once: those that are taken, each by its place in what was asked for.
+pub(crate) async fn references(
+    connection: &Connection,
+    ids: &[(&str, &str)],
+) -> Result<HashMap<usize, Reference>, DbError> {
+    const SQL: &str = "
+        select i.place, r.order_id, r.fingerprint, o.status = 'deleted' as deleted, e.correlation_id
+        from unnest($1::text[], $2::text[]) with ordinality as i(user_id, external_id, place)
+        join order_refs r on r.user_id = i.user_id and r.external_id = i.external_id
+        join orders o on o.order_id = r.order_id
+        join order_events e on e.order_id = r.order_id and e.version = 1 and e.type = 'order.created'";
+    let (users, externals): (Vec<&str>, Vec<&str>) = ids.iter().copied().unzip();
+    let rows = query_on(connection, SQL, &[&users, &externals]).await?;
+    let place = |row: &Row| usize::try_from(row.get::<_, i64>("place") - 1).unwrap_or_default();
+    Ok(rows.iter().map(|row| (place(row), reference_of(row))).collect())
+}
+
+fn reference_of(row: &Row) -> Reference {
+    Reference {
         order_id: row.get("order_id"),
         fingerprint: row.get("fingerprint"),
         deleted: row.get("deleted"),
         correlation_id: row.get("correlation_id"),
-    }))
+    }
 }
 
 fn order_of(row: &Row) -> Order {

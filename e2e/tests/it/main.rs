@@ -4,6 +4,7 @@ mod answers;
 mod bad_input;
 mod bad_records;
 mod batches;
+mod bulk;
 mod clock;
 #[cfg(feature = "compose")]
 mod compose;
