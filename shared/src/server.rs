@@ -41,6 +41,9 @@ const STREAMS: u32 = 1000;
 const HEADERS: u32 = 16 * 1024;
 /// How long an open connection may still bring a request after the listener is closed.
 const LINGER: Duration = Duration::from_millis(500);
+/// How long a connection that had begun when the listener began to close may take to be there: a
+/// round trip, and a busy machine.
+const CLOSING: Duration = Duration::from_millis(50);
 /// When the process has no file descriptors left, accepting fails at once, again and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -167,9 +170,15 @@ async fn serve_with(name: &'static str, listener: TcpListener, app: Router, stop
             }
         }
     }
-    // Connections that the kernel has already accepted for us would be reset with the listener.
-    while let Some(Ok((stream, address))) = futures_util::FutureExt::now_or_never(listener.accept()) {
-        serve_one(stream, Peer(address.ip()));
+    // Connections that the kernel has already accepted for us would be reset with the listener. So
+    // nobody new is let in, and who is on the way is waited for.
+    refuse_new(&listener);
+    let closing = Instant::now() + CLOSING;
+    while let Ok(accepted) = timeout_at(closing, listener.accept()).await {
+        match accepted {
+            Ok((stream, address)) => serve_one(stream, Peer(address.ip())),
+            Err(error) => tracing::debug!(%error, server = name, "cannot accept one of the last connections"),
+        }
     }
     drop(listener);
     let deadline = Instant::now() + stop.timeout.saturating_sub(stop.grace);
@@ -184,6 +193,28 @@ async fn serve_with(name: &'static str, listener: TcpListener, app: Router, stop
         abandoned.cancel();
     }
 }
+
+/// From here on whoever wants to connect hears nothing (and tries again in a second, when nobody
+/// listens), while those that the kernel has begun to let in still arrive. Between the last `accept`
+/// and the close there is otherwise always time for one more, which would be reset.
+#[cfg(target_os = "linux")]
+fn refuse_new(listener: &TcpListener) {
+    use socket2::SockFilter;
+    // Classic BPF, see socket(7), SO_ATTACH_FILTER, and linux/filter.h. It sees the TCP header; a
+    // connection inherits it, but no packet of one that stands has the bit SYN.
+    let without_syn = [
+        SockFilter::new(0x30, 0, 0, 13),       // load the byte of the flags
+        SockFilter::new(0x45, 0, 1, 0x02),     // has it SYN?
+        SockFilter::new(0x06, 0, 0, 0),        // drop the packet
+        SockFilter::new(0x06, 0, 0, u32::MAX), // keep all of it
+    ];
+    if let Err(error) = socket2::SockRef::from(listener).attach_filter(&without_syn) {
+        tracing::debug!(%error, "new connections may be reset when the listener closes");
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn refuse_new(_listener: &TcpListener) {}
 
 fn closing(mut response: Response) -> Response {
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
