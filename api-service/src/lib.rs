@@ -139,7 +139,7 @@ pub async fn run(
     if let Some(listener) = grpc {
         serving.spawn(server::serve_http2("grpc", listener, grpc::router(app.clone())?, end.clone()));
     }
-    serving.spawn(server::serve("http", listener, http::router(app), end));
+    serving.spawn(server::serve("http", listener, http::service(app), end));
 
     let failed = tokio::select! {
         () = shutdown => None,

@@ -1,10 +1,10 @@
 //! Serves HTTP, 1.1 or 2, on a listener until it is told to stop, and then answers what has begun.
 
-use std::{io::ErrorKind, net::IpAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, io::ErrorKind, net::IpAddr, sync::Arc, time::Duration};
 
 use axum::{
-    Router,
-    http::{HeaderValue, header},
+    body::Body,
+    http::{HeaderValue, Request, header},
     response::Response,
 };
 use hyper::{
@@ -22,7 +22,7 @@ use tokio::{
 };
 use tokio_io_timeout::TimeoutStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tower::ServiceExt as _;
+use tower::{Service, ServiceExt as _};
 
 /// A connection on which no whole request arrives in this time is closed: as long as nginx keeps an
 /// idle one, since a client's pool may use it at that very moment.
@@ -63,16 +63,27 @@ pub struct Stop {
 #[derive(Clone, Copy, Debug)]
 pub struct Peer(pub IpAddr);
 
+/// What answers requests: an axum router, or one with something around it.
+pub trait App:
+    Service<Request<Body>, Response = Response, Error = Infallible, Future: Send> + Clone + Send + 'static
+{
+}
+
+impl<S> App for S where
+    S: Service<Request<Body>, Response = Response, Error = Infallible, Future: Send> + Clone + Send + 'static
+{
+}
+
 /// Serves `app` until `stop`; returns when every request that had begun is answered, or the time
 /// is up.
-pub async fn serve(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
+pub async fn serve(name: &'static str, listener: TcpListener, app: impl App, stop: Stop) {
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).max_buf_size(BUFFER);
     serve_with(name, listener, app, stop, Protocol::Http1(server)).await;
 }
 
 /// As [`serve`], over HTTP/2 that both sides know of beforehand, as gRPC's do.
-pub async fn serve_http2(name: &'static str, listener: TcpListener, app: Router, stop: Stop) {
+pub async fn serve_http2(name: &'static str, listener: TcpListener, app: impl App, stop: Stop) {
     let mut server = http2::Builder::new(TokioExecutor::new());
     server
         .timer(TokioTimer::new())
@@ -101,7 +112,7 @@ enum Protocol {
     Http2(http2::Builder<TokioExecutor>),
 }
 
-async fn serve_with(name: &'static str, listener: TcpListener, app: Router, stop: Stop, server: Protocol) {
+async fn serve_with(name: &'static str, listener: TcpListener, app: impl App, stop: Stop, server: Protocol) {
     let (connections, tasks) = (GracefulShutdown::new(), TaskTracker::new());
     let leaving = stop.leaving.clone();
     let abandoned = CancellationToken::new();
@@ -118,11 +129,11 @@ async fn serve_with(name: &'static str, listener: TcpListener, app: Router, stop
             let serving = async {
                 match server {
                     Protocol::Http1(server) => {
-                        let service = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
+                        let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
                             request.extensions_mut().insert(peer);
                             let (app, leaving) = (app.clone(), leaving.clone());
                             async move {
-                                let response = app.oneshot(request.map(axum::body::Body::new)).await;
+                                let response = app.oneshot(request.map(Body::new)).await;
                                 response
                                     .map(|response| if leaving.is_cancelled() { closing(response) } else { response })
                             }
@@ -133,10 +144,10 @@ async fn serve_with(name: &'static str, listener: TcpListener, app: Router, stop
                         // Whoever is there answers pings; who never begins to speak is closed, too.
                         stream.set_read_timeout(Some(IDLE_TIMEOUT));
                         let connection = Connection { large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)) };
-                        let service = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
+                        let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
                             request.extensions_mut().insert(connection.clone());
                             request.extensions_mut().insert(peer);
-                            app.clone().oneshot(request.map(axum::body::Body::new))
+                            app.clone().oneshot(request.map(Body::new))
                         });
                         watcher.watch(server.serve_connection(TokioIo::new(Box::pin(stream)), service)).await
                     }

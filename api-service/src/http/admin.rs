@@ -7,7 +7,7 @@ use axum::{
     Router,
     extract::{Path, Query, Request, State, rejection::QueryRejection},
     http::{StatusCode, header},
-    middleware::{Next, from_fn, from_fn_with_state},
+    middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -18,6 +18,8 @@ use shared::{
     order::Violation,
     parked::{self, Entry, Filter},
 };
+
+use tower::util::MapResponseLayer;
 
 use super::{headers::guard, reads::json};
 use crate::error::Problem;
@@ -44,7 +46,7 @@ pub(crate) fn router(admin: Admin) -> Router {
         .fallback(|| async { Problem::UnknownRoute })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
         .layer(from_fn_with_state(admin.clone(), check_token))
-        .layer(from_fn(guard))
+        .layer(MapResponseLayer::new(guard))
         .with_state(admin)
 }
 

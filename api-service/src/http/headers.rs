@@ -4,9 +4,7 @@
 use std::{str::FromStr, time::Duration};
 
 use axum::{
-    extract::Request,
     http::{HeaderName, HeaderValue, Method, Uri, header},
-    middleware::Next,
     response::Response,
 };
 use tower_http::cors::{AllowOrigin, CorsLayer};
@@ -19,8 +17,7 @@ const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 
 /// Orders hold names and addresses of people: nobody on the way keeps them. Where a handler has
 /// said otherwise, that stands.
-pub(crate) async fn guard(request: Request, next: Next) -> Response {
-    let mut response = next.run(request).await;
+pub(crate) fn guard(mut response: Response) -> Response {
     let headers = response.headers_mut();
     let is_page = headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));

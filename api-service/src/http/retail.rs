@@ -5,7 +5,6 @@ use axum::{
     Extension, Router,
     extract::{Path, Query, Request, State, rejection::PathRejection, rejection::QueryRejection},
     http::{HeaderMap, HeaderName, HeaderValue, header},
-    middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{get, patch, post},
 };
@@ -17,13 +16,11 @@ use shared::{
 };
 use time::OffsetDateTime;
 use tokio::time::Instant;
-use tower_http::catch_panic::CatchPanicLayer;
 use uuid::Uuid;
 
 use super::{
-    App, admit,
+    App,
     orders::{answer_with, check_content_type, conditions, read_body},
-    panicked,
     prefer::PREFERENCE_APPLIED,
     reads::{etag, json, text, visible_order},
     status,
@@ -60,38 +57,47 @@ impl Retail {
     }
 }
 
-pub(super) fn router(app: App) -> Router<App> {
+/// Where all of this is.
+pub(super) const PREFIX: &str = "/api";
+
+pub(super) fn router() -> Router<App> {
     Router::new()
         .route("/orders", post(create).get(list))
         .route("/orders/{order_id}", get(order))
         .route("/orders/{order_id}/status", patch(set_status))
         .route("/orders/{order_id}/cancel", post(cancel))
         .route("/users/{user_id}/orders", get(of_user))
-        .route_layer(from_fn_with_state(app, admit))
-        .fallback(|| async { Problem::UnknownRoute })
-        .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(from_fn(envelope))
 }
 
-/// Says every refusal in this API's words, and the request's own id with every answer.
-async fn envelope(request: Request, next: Next) -> Response {
-    let id = request.headers().get(REQUEST_ID).filter(|id| id.len() <= MAX_REQUEST_ID).cloned();
-    let mut response = next.run(request).await;
-    if let Some(problem) = response.extensions_mut().remove::<Problem>() {
-        let mut body = problem.members();
-        body.insert("status".into(), "error".into());
-        body.insert("message".into(), problem.sentence().into());
-        let (mut parts, _) = response.into_parts();
-        parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        // It was the problem's.
-        parts.headers.remove(header::CONTENT_LENGTH);
-        response = Response::from_parts(parts, Value::Object(body).to_string().into());
+/// In what an answer is sent: every refusal in this API's words, and the request's own id.
+pub(super) struct Envelope {
+    request_id: Option<HeaderValue>,
+}
+
+impl Envelope {
+    /// The one for this request, if it is for these routes.
+    pub(super) fn of(request: &Request) -> Option<Self> {
+        let below = request.uri().path().strip_prefix(PREFIX)?;
+        let request_id = request.headers().get(REQUEST_ID).filter(|id| id.len() <= MAX_REQUEST_ID).cloned();
+        (below.is_empty() || below.starts_with('/')).then_some(Self { request_id })
     }
-    if let Some(id) = id {
-        response.headers_mut().insert(REQUEST_ID, id);
+
+    pub(super) fn around(self, mut response: Response) -> Response {
+        if let Some(problem) = response.extensions_mut().remove::<Problem>() {
+            let mut body = problem.members();
+            body.insert("status".into(), "error".into());
+            body.insert("message".into(), problem.sentence().into());
+            let (mut parts, _) = response.into_parts();
+            parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            // It was the problem's.
+            parts.headers.remove(header::CONTENT_LENGTH);
+            response = Response::from_parts(parts, Value::Object(body).to_string().into());
+        }
+        if let Some(id) = self.request_id {
+            response.headers_mut().insert(REQUEST_ID, id);
+        }
+        response
     }
-    response
 }
 
 #[derive(Serialize)]
