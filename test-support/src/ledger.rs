@@ -72,6 +72,14 @@ const FAULTS: &[(&str, &str)] = &[
          from orders where external_id is not null and status <> 'deleted'
          group by user_id, external_id having count(*) > 1",
     ),
+    (
+        "orders listed in a state that they are not in, or in none",
+        "select coalesce(o.order_id, s.order_id)::text || ': ' || coalesce(o.status, 'no order')
+             || ' but ' || coalesce(s.status, 'not listed')
+         from orders o full join order_states s
+             on s.order_id = o.order_id and s.status = o.status and s.created_at = o.created_at
+         where o.order_id is null or s.order_id is null",
+    ),
     ("orders left unhandled", "select order_id::text from orders where status = 'new'"),
     (
         "messages parked and not handled since",
