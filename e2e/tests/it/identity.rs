@@ -135,6 +135,11 @@ async fn others_see_and_change_nothing(api: &Api, caller: fn(&str, Option<&str>)
             assert_eq!(nobody.problem(), "unauthenticated");
         }
     }
+    // Which paths there are is told to nobody, either.
+    for path in ["/nowhere", "/api/nowhere"] {
+        Caller(vec![]).send(api.http(), "GET", path, "").await.expect_status(401);
+        thief.send(api.http(), "GET", path, "").await.expect_status(404);
+    }
     let listed = thief.send(api.http(), "GET", "/orders", "").await.expect_status(200);
     assert_eq!(listed.json(), json!([]));
     let listed = thief.send(api.http(), "GET", "/api/orders", "").await.expect_status(200);
