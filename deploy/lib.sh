@@ -161,7 +161,7 @@ kill_all() {
 # The CA's key is not kept: nothing else is to be signed by it.
 make_certificates() {
   local folder=$1
-  have openssl || install_packages "certificates for TLS" openssl
+  need_openssl
   mkdir -p "$folder"
   (
     cd "$folder"
@@ -232,6 +232,9 @@ release_infra() {
 }
 
 # --- Building -----------------------------------------------------------------------------------
+
+# Keys and certificates are made with it.
+need_openssl() { have openssl || install_packages "keys and certificates" openssl; }
 
 # What Kafka's client library (C) and its TLS need beside Rust.
 need_build_tools() {
