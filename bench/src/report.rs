@@ -11,7 +11,7 @@ use crate::pgbench;
 use crate::product::Memory;
 use crate::table::markdown;
 
-/// By how much the two pgbench runs may differ on what is still a quiet machine.
+/// By how much two pgbench runs in a row may differ on what is still a quiet machine.
 const STEADY: f64 = 0.15;
 
 /// Below these a design fault is at work. The targets themselves are higher.
@@ -25,8 +25,8 @@ const QUIET: f64 = 0.2;
 pub struct Report {
     pub at_unix: u64,
     pub machine: Machine,
-    /// Before and after.
-    pub pgbench: [pgbench::Figures; 2],
+    /// Before the first number of callers, and after each.
+    pub pgbench: Vec<pgbench::Figures>,
     pub points: Vec<Point>,
     pub memory: MemoryFigures,
     pub ledger: LedgerFigures,
@@ -54,10 +54,18 @@ pub struct Point {
     pub mode: Mode,
     pub callers: usize,
     pub load: load::Figures,
+    /// What ratios are taken of: the mean of the pgbench runs before and after.
+    pub ceiling: f64,
     /// Accepted, but not handled by the worker when the load ended.
     pub unhandled_at_end: u64,
     pub caught_up_after_ms: u64,
     pub cpu: CpuShares,
+}
+
+impl Point {
+    fn ratio(&self) -> f64 {
+        self.load.per_second / self.ceiling
+    }
 }
 
 /// In cores.
@@ -113,21 +121,15 @@ impl Mode {
 }
 
 impl Report {
-    /// The ceiling that ratios are taken of.
-    fn ceiling(&self) -> f64 {
-        let [before, after] = &self.pgbench;
-        (before.transactions_per_second + after.transactions_per_second) / 2.0
-    }
-
-    /// Strangers that come during the run show in pgbench, which has nothing to do with the service.
-    fn was_steady(&self) -> bool {
-        let [before, after] = &self.pgbench;
-        (before.transactions_per_second - after.transactions_per_second).abs() <= STEADY * self.ceiling()
+    /// By how much, of the larger, two pgbench runs in a row differ at most. Strangers that come
+    /// during the run show there, since pgbench has nothing to do with the service.
+    fn unsteadiness(&self) -> f64 {
+        let rates: Vec<f64> = self.pgbench.iter().map(|figures| figures.transactions_per_second).collect();
+        rates.windows(2).map(|pair| (pair[0] - pair[1]).abs() / pair[0].max(pair[1])).fold(0.0, f64::max)
     }
 
     fn best(&self, mode: Mode) -> f64 {
-        let rates = self.points.iter().filter(|point| point.mode == mode).map(|point| point.load.per_second);
-        rates.fold(0.0, f64::max) / self.ceiling()
+        self.points.iter().filter(|point| point.mode == mode).map(Point::ratio).fold(0.0, f64::max)
     }
 
     /// Writes it under its time and returns the path.
@@ -141,21 +143,20 @@ impl Report {
     pub fn markdown(&self) -> anyhow::Result<String> {
         let at = OffsetDateTime::from_unix_timestamp(i64::try_from(self.at_unix)?)?.format(&Rfc3339)?;
         let Machine { cores, busy_before, postgres } = &self.machine;
-        let [before, after] = &self.pgbench;
-        let rate = |figures: &pgbench::Figures| grouped_count(figures.transactions_per_second as u64);
+        let runs: Vec<_> =
+            self.pgbench.iter().map(|figures| grouped_count(figures.transactions_per_second as u64)).collect();
         let mut out =
             format!("## Benchmark, {at}\n\n{cores} cores, {postgres}, {busy_before:.2} of them busy before the start");
         if *busy_before > QUIET {
             out.push_str(" (**not a quiet machine**: the figures are for a look only)");
         }
         out.push_str(&format!(
-            "\n\npgbench, 64 clients, one order and outbox row per transaction: {}/s before, {}/s after; ratios are to their mean, {}/s.\n",
-            rate(before),
-            rate(after),
-            grouped_count(self.ceiling() as u64)
+            "\n\npgbench, 64 clients, one order and outbox row per transaction, per second, before the first number of callers and after each: {}. Ratios are to the mean of the two around.\n",
+            runs.join("; ")
         ));
-        if !self.was_steady() {
-            out.push_str("\n**The two pgbench runs differ too much: something else ran meanwhile, and the ratios mean little.**\n");
+        let unsteadiness = self.unsteadiness();
+        if unsteadiness > STEADY {
+            out.push_str(&format!("\n**Two pgbench runs in a row differ by {:.0} %: something else ran meanwhile, and the ratios mean little.**\n", 100.0 * unsteadiness));
         }
         out.push_str(&format!("\n{}\n{}\n{}", self.rates(), self.cpu(), self.memory_table()));
         out.push_str(&format!(
@@ -180,7 +181,7 @@ impl Report {
                 vec![
                     format!("{}, {}", point.mode.label(), point.callers),
                     grouped_count(load.per_second as u64),
-                    format!("{:.2}", load.per_second / self.ceiling()),
+                    format!("{:.2}", point.ratio()),
                     ms(load.p50_ms),
                     ms(load.p99_ms),
                     grouped_count(point.unhandled_at_end),
@@ -261,6 +262,7 @@ mod tests {
             mode,
             callers: 64,
             load: load::Figures { per_second, p50_ms: Some(3.21), p99_ms: None, ..load::Figures::default() },
+            ceiling: 20_000.0,
             unhandled_at_end: 1234,
             caught_up_after_ms: 56,
             cpu: CpuShares { api: 0.5, worker: 0.4, load: 0.3, postgres: Some(0.5), machine: 1.9 },
@@ -269,7 +271,7 @@ mod tests {
         Report {
             at_unix: 1_767_225_600,
             machine: Machine { cores: 2, busy_before: 0.1, postgres: "PostgreSQL 15.8".to_owned() },
-            pgbench: [pgbench(19_000.0), pgbench(21_000.0)],
+            pgbench: vec![pgbench(19_000.0), pgbench(21_000.0)],
             points: vec![point(Mode::Accepted, accepted), point(Mode::Answered, 10_000.0)],
             memory: MemoryFigures { requests: 1000, idle: memory(20), after_load: memory(40), parked: memory(60) },
             ledger: LedgerFigures { accepted: 5, stored: 5, handled: 5 },
@@ -277,10 +279,11 @@ mod tests {
     }
 
     #[test]
-    fn ratios_are_taken_of_the_mean_of_both_pgbench_runs() {
+    fn ratios_are_to_the_pgbench_runs_around_and_unsteady_ones_are_told() {
         let text = report(16_000.0).markdown().expect("Markdown");
         for says in [
             "2026-01-01T00:00:00Z",
+            "after each: 19,000; 21,000.",
             "| 16,000 |      0.80 |",
             "accepted: 0.80 × pgbench at best, above",
             "answered: 0.50",
@@ -291,7 +294,7 @@ mod tests {
         assert!(!text.contains("mean little"), "{text}");
         let mut unsteady = report(16_000.0);
         unsteady.pgbench[1].transactions_per_second = 9_000.0;
-        assert!(unsteady.markdown().expect("Markdown").contains("mean little"));
+        assert!(unsteady.markdown().expect("Markdown").contains("differ by 53 %"));
         assert!(report(13_000.0).markdown().expect("Markdown").contains("0.65 × pgbench at best, **BELOW**"));
     }
 

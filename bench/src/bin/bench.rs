@@ -94,8 +94,8 @@ struct RunArgs {
     #[arg(long, default_value = "5s", value_name = "TIME", value_parser = humantime::parse_duration)]
     measure: Duration,
 
-    /// Of pgbench, before and again after.
-    #[arg(long, default_value = "10s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    /// Of pgbench, before the first measurement and after both of each number of callers.
+    #[arg(long, default_value = "5s", value_name = "TIME", value_parser = humantime::parse_duration)]
     pgbench: Duration,
 
     /// Requests parked while memory is measured.
