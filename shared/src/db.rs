@@ -304,6 +304,8 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings) -> anyhow::Re
         .connection_timeout(settings.query_timeout)
         // A ping before each use costs a quarter of the throughput; a broken one shows itself.
         .test_on_check_out(false)
+        // As few servers as there is work for: one that has just run has its plans and pages at hand.
+        .queue_strategy(bb8::QueueStrategy::Lifo)
         .error_sink(Box::new(LogErrors::default()))
         .build_unchecked(manager))
 }
