@@ -8,10 +8,7 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
 };
 
 use shared::{
@@ -26,7 +23,7 @@ use tokio::{
     time::Instant,
 };
 use uuid::Uuid;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use crate::{
     change::{self, Context, Decided, Expected},
@@ -45,12 +42,9 @@ use crate::{
 
 /// Most changes in one transaction. Beyond this nothing is won, and one bad one costs more.
 const BATCH: usize = 256;
-/// Writers of new orders, each with a connection while it writes. They wait for nobody's locks, and
-/// a statement costs as much as twenty orders in it: one writer gathers twice as many as each of
-/// two would, and takes fewer of everybody's cores for as many orders.
-const CREATE_WRITERS: usize = 1;
 /// Writers of changes, which may have to wait for the locks of others; new orders must not wait for
-/// these.
+/// these, and have one writer of their own. More would not help: a statement costs as much as twenty
+/// orders in it, and two writers would gather half as many each.
 const CHANGE_WRITERS: usize = 2;
 /// Changes that may wait for each writer: some tenths of a second. Beyond that a client had
 /// better hear at once that we are full.
@@ -91,6 +85,14 @@ impl Work {
             Self::Update(change) => Some(&change.target),
             Self::Delete(target) => Some(target),
             Self::Move(change) => Some(&change.target),
+        }
+    }
+
+    /// User and external id of a new order.
+    fn reference(&self) -> Option<(&str, Option<&str>)> {
+        match self {
+            Self::Create(row) => Some((&row.user_id, row.external_id.as_deref())),
+            Self::Update(_) | Self::Delete(_) | Self::Move(_) => None,
         }
     }
 
@@ -141,9 +143,8 @@ struct Command {
 /// A handle to the writers.
 #[derive(Clone)]
 pub(crate) struct Writer {
-    creates: Vec<mpsc::Sender<Command>>,
+    creates: mpsc::Sender<Command>,
     changes: Vec<mpsc::Sender<Command>>,
-    next: Arc<AtomicUsize>,
     room: Arc<Semaphore>,
 }
 
@@ -163,9 +164,8 @@ impl Writer {
             sender
         };
         Self {
-            creates: (0..CREATE_WRITERS).map(|_| start()).collect(),
+            creates: start(),
             changes: (0..CHANGE_WRITERS).map(|_| start()).collect(),
-            next: Arc::default(),
             room: Arc::new(Semaphore::new(QUEUE_KIB)),
         }
     }
@@ -175,54 +175,34 @@ impl Writer {
         const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
-        self.lane(&work, &origin).try_send(Command { work, origin, reply, _room: room }).map_err(
-            |error| match error {
-                mpsc::error::TrySendError::Full(_) => FULL,
-                mpsc::error::TrySendError::Closed(_) => Problem::Unavailable("shutting down"),
-            },
-        )?;
+        self.queue_of(&work).try_send(Command { work, origin, reply, _room: room }).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => FULL,
+            mpsc::error::TrySendError::Closed(_) => Problem::Unavailable("shutting down"),
+        })?;
         written.await.unwrap_or(Err(Problem::Unavailable(
             "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
         )))
     }
 
-    /// What concerns one order or one external id goes to one writer: two would only wait for
-    /// each other's locks.
-    fn lane(&self, work: &Work, origin: &Origin) -> &mpsc::Sender<Command> {
-        let own = Key::of_claim(origin).filter(|_| matches!(work, Work::Create(_)));
-        let (hash, queues) = match Key::of(work).or(own) {
-            Some(Key::Order(id)) => (xxh3_64(id.as_bytes()), &self.changes),
-            Some(Key::External(scope, id) | Key::Idempotency(scope, id)) => {
-                (xxh3_64(scope.as_bytes()) ^ xxh3_64(id.as_bytes()), &self.creates)
-            }
-            None => (self.next.fetch_add(1, Ordering::Relaxed) as u64, &self.creates),
+    /// Changes of one order go to one writer: two would only wait for each other's locks.
+    fn queue_of(&self, work: &Work) -> &mpsc::Sender<Command> {
+        work.target().map_or(&self.creates, |target| {
+            let hash = xxh3_64(target.order_id.as_bytes());
+            &self.changes[usize::try_from(hash % self.changes.len() as u64).unwrap_or(0)]
+        })
+    }
+}
+
+impl Command {
+    /// What a batch may hold only once: the order, the external id, the idempotency key. As hashes;
+    /// two that are alike by chance only wait for the next batch.
+    fn keys(&self) -> impl Iterator<Item = u128> {
+        let pair = |one: &str, other: &str| xxh3_128(one.as_bytes()).rotate_left(1) ^ xxh3_128(other.as_bytes());
+        let own = match &self.work {
+            Work::Create(row) => row.external_id.as_deref().map(|id| pair(&row.user_id, id)),
+            Work::Update(_) | Work::Delete(_) | Work::Move(_) => self.work.target().map(|to| to.order_id.as_u128()),
         };
-        &queues[usize::try_from(hash % queues.len() as u64).unwrap_or(0)]
-    }
-}
-
-/// What a batch may hold only once.
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum Key {
-    Order(Uuid),
-    External(String, String),
-    Idempotency(String, String),
-}
-
-impl Key {
-    fn of(work: &Work) -> Option<Self> {
-        match work {
-            Work::Create(row) => {
-                row.external_id.clone().map(|external_id| Self::External(row.user_id.clone(), external_id))
-            }
-            Work::Update(_) | Work::Delete(_) | Work::Move(_) => {
-                work.target().map(|target| Self::Order(target.order_id))
-            }
-        }
-    }
-
-    fn of_claim(origin: &Origin) -> Option<Self> {
-        origin.claim.as_ref().map(|claim| Self::Idempotency(claim.scope.clone(), claim.key.clone()))
+        own.into_iter().chain(self.origin.claim.as_ref().map(|claim| !pair(&claim.scope, &claim.key)))
     }
 }
 
@@ -253,11 +233,10 @@ impl Task {
         }
         while batch.len() < BATCH {
             let Some(command) = self.later.pop_front().or_else(|| self.queue.try_recv().ok()) else { break };
-            let own: Vec<Key> = Key::of(&command.work).into_iter().chain(Key::of_claim(&command.origin)).collect();
-            if own.iter().any(|key| keys.contains(key)) {
+            if command.keys().any(|key| keys.contains(&key)) {
                 again.push_back(command);
             } else {
-                keys.extend(own);
+                keys.extend(command.keys());
                 batch.push(command);
             }
             // One order changed again and again must not grow this beyond all bounds.
@@ -272,10 +251,7 @@ impl Task {
 
     /// Writes a batch, of new orders or of changes, and answers everyone in it.
     async fn write_all(&self, mut batch: Vec<Command>) {
-        batch.sort_by_cached_key(|command| match &command.work {
-            Work::Create(row) => (row.user_id.clone(), row.external_id.clone()),
-            Work::Update(_) | Work::Delete(_) | Work::Move(_) => Default::default(),
-        });
+        batch.sort_by(|one, other| one.work.reference().cmp(&other.work.reference()));
         let mut parts = vec![batch];
         while let Some(part) = parts.pop() {
             let started = Instant::now();
