@@ -256,7 +256,14 @@ impl Drop for Service {
 
 /// Runs a binary that is to refuse its settings, and gives what it says about them.
 pub async fn refused_at_start(name: &'static str, settings: &Settings) -> String {
-    let mut child = command(name, settings).spawn().unwrap_or_else(|error| panic!("starting {name}: {error}"));
+    let mut command = command(name, settings);
+    // What is refused should not be a port that somebody else has.
+    for key in ["API_PORT", "WORKER_PORT", "GRPC_PORT", "ADMIN_PORT"] {
+        if !settings.0.contains_key(key) {
+            command.env(key, "127.0.0.1:0");
+        }
+    }
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("starting {name}: {error}"));
     let log = Log::default();
     let readers = [
         log.keep(child.stderr.take().expect("stderr is piped"), |_| {}),
