@@ -86,21 +86,15 @@ async fn measure(options: &Options, database: &Database, topics: &Topics) -> any
         step(&format!("not counted, to warm up: {callers} callers, {}: {:.0}/s", mode.label(), point.load.per_second));
     }
     let mut ceilings = vec![ceiling(options, database).await?];
-    let mut points: Vec<Point> = Vec::new();
+    let mut points = Vec::new();
     for callers in &options.callers {
-        let begun = points.len();
         for mode in [Mode::Accepted, Mode::Answered] {
             let point = bench.point(&mut product, mode, *callers).await?;
             step(&format!("{callers} callers, {}: {:.0}/s", mode.label(), point.load.per_second));
             points.push(point);
         }
         // Between them and not at the ends alone: what else runs on this machine comes and goes.
-        let after = ceiling(options, database).await?;
-        let before = ceilings.last().map_or(0.0, |figures| figures.transactions_per_second);
-        for point in &mut points[begun..] {
-            point.ceiling = f64::midpoint(before, after.transactions_per_second);
-        }
-        ceilings.push(after);
+        ceilings.push(ceiling(options, database).await?);
     }
     step(&format!("{} parked requests", options.parked));
     let memory = bench.parked(&mut product, idle).await?;
@@ -157,7 +151,6 @@ impl Bench<'_> {
         Ok(Point {
             mode,
             callers,
-            ceiling: f64::NAN,
             unhandled_at_end: self.ledger.accepted.saturating_sub(handled),
             caught_up_after_ms: now.saturating_sub(load.ended_at_unix_ms),
             cpu: CpuShares {
