@@ -351,7 +351,8 @@ pub fn parse<S: Parser>() -> S {
 /// What lifecycles' files may name: variables of the environment, else of `.env`.
 pub fn variables() -> impl Fn(&str) -> Option<String> {
     let dotenv = dotenv().unwrap_or_default();
-    move |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty()).or_else(|| dotenv.get(name).cloned())
+    let is_given = |value: &String| !value.is_empty();
+    move |name: &str| std::env::var(name).ok().filter(is_given).or_else(|| dotenv.get(name).cloned().filter(is_given))
 }
 
 /// The pairs of `.env`; none where there is no such file.
@@ -371,20 +372,24 @@ pub fn parse_from<S: Parser>(
     environment: impl Fn(&str) -> Option<String>,
     dotenv: &HashMap<String, String>,
 ) -> Result<S, clap::Error> {
-    let command = S::command().args_override_self(true);
+    let mut command = S::command().args_override_self(true);
     let mut origins = Vec::new();
     let mut supplied: Vec<OsString> = Vec::new();
     let known = command.clone();
+    // A line such as JWT_KEY_FILE= says nothing, here and in .env.
+    let given = |name: &str| environment(name).filter(|value| !value.is_empty());
+    let in_file = |name: &str| dotenv.get(name).filter(|value| !value.is_empty()).cloned();
     for arg in known.get_arguments().filter(|arg| matches!(arg.get_action(), ArgAction::Set)) {
         let (Some(flag), Some(name)) = (arg.get_long(), arg.get_env().and_then(|name| name.to_str())) else { continue };
-        let given = |name: &str| environment(name).filter(|value| !value.is_empty());
-        if given(name).is_some() {
-            continue; // clap reads it
+        match environment(name) {
+            Some(value) if value.is_empty() => command = command.mut_arg(arg.get_id(), |arg| arg.env(None)),
+            Some(_) => continue, // clap reads it
+            None => {}
         }
         let older = || OLDER_NAMES.iter().filter(|(_, new)| *new == name).map(|(old, _)| *old);
         let found = older()
             .find_map(|old| Some((old, given(old)?)))
-            .or_else(|| std::iter::once(name).chain(older()).find_map(|n| Some((n, dotenv.get(n)?.clone()))));
+            .or_else(|| std::iter::once(name).chain(older()).find_map(|name| Some((name, in_file(name)?))));
         if let Some((origin, value)) = found {
             supplied.push(format!("--{flag}={value}").into());
             origins.push((format!("--{flag} "), origin));
@@ -436,6 +441,14 @@ mod tests {
         assert_eq!(port(&[], &[("PORT", ":2")], &[("API_PORT", "1")]), at(2));
         assert_eq!(port(&["--api-port", "3"], &[("PORT", ":2")], &[]), at(3));
         assert_eq!(port(&["--api-port=off"], &[], &[]), Listen::Off);
+    }
+
+    #[test]
+    fn a_setting_without_a_value_is_as_good_as_none() {
+        let read = settings(&[], &[], &[("API_PORT", ""), ("PORT", "7"), ("LIFECYCLES_DIR", ""), ("DB_MAX_CONNS", "")]);
+        let read = read.unwrap();
+        assert_eq!(read.api_port, Listen::At(SocketAddr::from(([0, 0, 0, 0], 7))));
+        assert_eq!((read.kafka.lifecycles_dir, read.db.db_max_conns), (None, 10));
     }
 
     #[test]
