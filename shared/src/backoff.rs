@@ -1,8 +1,10 @@
-//! Growing, jittered delays between attempts: one value, used wherever something is tried again.
+//! Growing, jittered delays between attempts, and how often of attempts that fail is told: one value
+//! each, used wherever something is tried again.
 
 use std::time::Duration;
 
 use rand::RngExt as _;
+use tokio::time::Instant;
 
 /// Doubles from `floor` to `ceiling`; each delay is drawn between half of that and the whole.
 #[derive(Clone, Debug)]
@@ -43,11 +45,43 @@ impl Backoff {
     }
 }
 
+/// Whether a failure that comes again and again is to be told: the first time, when it is another, and
+/// now and then.
+#[derive(Debug, Default)]
+pub struct Seldom {
+    told: Option<(String, Instant)>,
+}
+
+impl Seldom {
+    const PAUSE: Duration = Duration::from_secs(10);
+
+    /// Is this to be told now?
+    pub fn is_due(&mut self, error: &str) -> bool {
+        let now = Instant::now();
+        let due = self.told.as_ref().is_none_or(|(told, at)| told != error || now - *at >= Self::PAUSE);
+        if due {
+            self.told = Some((error.to_owned(), now));
+        }
+        due
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_is_told_when_it_is_new_and_then_now_and_then() {
+        let mut seldom = Seldom::default();
+        assert!(seldom.is_due("refused"));
+        assert!(!seldom.is_due("refused"));
+        assert!(seldom.is_due("wrong password"));
+        tokio::time::advance(Seldom::PAUSE).await;
+        assert!(seldom.is_due("wrong password"));
+        assert!(!seldom.is_due("wrong password"));
+    }
 
     proptest! {
         #[test]

@@ -13,11 +13,13 @@ use std::{
 use anyhow::{Context as _, bail};
 use bb8::ManageConnection;
 use bb8_postgres::PostgresConnectionManager;
-use tokio::time::Instant;
-use tokio_postgres::{Client, Statement, error::SqlState};
+use tokio_postgres::{Client, Statement, config::Host, error::SqlState};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use crate::{backoff::Backoff, tls};
+use crate::{
+    backoff::{Backoff, Seldom},
+    tls,
+};
 
 mod migrations {
     refinery::embed_migrations!("../migrations");
@@ -46,7 +48,7 @@ pub struct PoolSettings {
 pub enum DbError {
     /// No connection was to be had: nothing was done.
     #[error("PostgreSQL is away")]
-    Away(#[source] bb8::RunError<tokio_postgres::Error>),
+    Away(#[source] bb8::RunError<ConnectError>),
     /// The connection broke or fell silent: whether the statement took effect is not known.
     #[error("the connection to PostgreSQL was lost")]
     Lost(#[source] Option<tokio_postgres::Error>),
@@ -91,10 +93,18 @@ impl From<tokio_postgres::Error> for DbError {
     }
 }
 
-impl From<bb8::RunError<tokio_postgres::Error>> for DbError {
-    fn from(error: bb8::RunError<tokio_postgres::Error>) -> Self {
+impl From<bb8::RunError<ConnectError>> for DbError {
+    fn from(error: bb8::RunError<ConnectError>) -> Self {
         Self::Away(error)
     }
+}
+
+/// PostgreSQL cannot be reached, or does not let us in.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot connect to PostgreSQL at {server} (POSTGRES_DSN)")]
+pub struct ConnectError {
+    server: Arc<str>,
+    source: tokio_postgres::Error,
 }
 
 impl DbError {
@@ -240,6 +250,20 @@ impl Drop for Unanswered<'_> {
 pub struct Manager {
     inner: PostgresConnectionManager<MakeRustlsConnect>,
     set_up: String,
+    /// For people: hosts, ports, database and user.
+    server: Arc<str>,
+}
+
+impl Manager {
+    async fn client(&self) -> Result<Client, tokio_postgres::Error> {
+        let client = self.inner.connect().await?;
+        client.batch_execute(&self.set_up).await?;
+        Ok(client)
+    }
+
+    fn error(&self, source: tokio_postgres::Error) -> ConnectError {
+        ConnectError { server: self.server.clone(), source }
+    }
 }
 
 impl std::fmt::Debug for Connection {
@@ -250,16 +274,15 @@ impl std::fmt::Debug for Connection {
 
 impl ManageConnection for Manager {
     type Connection = Connection;
-    type Error = tokio_postgres::Error;
+    type Error = ConnectError;
 
-    async fn connect(&self) -> Result<Connection, tokio_postgres::Error> {
-        let client = self.inner.connect().await?;
-        client.batch_execute(&self.set_up).await?;
+    async fn connect(&self) -> Result<Connection, ConnectError> {
+        let client = self.client().await.map_err(|error| self.error(error))?;
         Ok(Connection { client, statements: Mutex::default(), silent: AtomicBool::new(false) })
     }
 
-    async fn is_valid(&self, connection: &mut Connection) -> Result<(), tokio_postgres::Error> {
-        connection.client.simple_query("").await.map(drop)
+    async fn is_valid(&self, connection: &mut Connection) -> Result<(), ConnectError> {
+        connection.client.simple_query("").await.map(drop).map_err(|error| self.error(error))
     }
 
     fn has_broken(&self, connection: &mut Connection) -> bool {
@@ -294,7 +317,8 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings) -> anyhow::Re
         // Well before all that is in the same statement runs out of time.
         (settings.write_timeout / 3).as_millis()
     );
-    let manager = Manager { inner: PostgresConnectionManager::new(config, tls::connector(&tls)?), set_up };
+    let server = server(&config);
+    let manager = Manager { inner: PostgresConnectionManager::new(config, tls::connector(&tls)?), set_up, server };
     Ok(bb8::Pool::builder()
         .max_size(settings.max_conns)
         .min_idle(settings.min_conns.min(settings.max_conns))
@@ -310,37 +334,35 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings) -> anyhow::Re
         .build_unchecked(manager))
 }
 
+/// `db1:5432,db2:5432/orders as shop`, without what is secret.
+fn server(config: &tokio_postgres::Config) -> Arc<str> {
+    const USUAL_PORT: u16 = 5432;
+    let ports = config.get_ports();
+    let port = |index| ports.get(index).or(ports.first()).copied().unwrap_or(USUAL_PORT);
+    let hosts = config.get_hosts().iter().enumerate().map(|(index, host)| match host {
+        Host::Tcp(name) => format!("{name}:{}", port(index)),
+        Host::Unix(path) => format!("{}:{}", path.display(), port(index)),
+    });
+    let user = config.get_user().unwrap_or_default();
+    let database = config.get_dbname().unwrap_or(user);
+    format!("{}/{database} as {user}", hosts.collect::<Vec<_>>().join(",")).into()
+}
+
 /// An outage is many failed attempts by many who want a connection: told now and then.
 #[derive(Clone, Debug, Default)]
-struct LogErrors {
-    told: Arc<Mutex<Option<Instant>>>,
-}
+struct LogErrors(Arc<Mutex<Seldom>>);
 
-impl LogErrors {
-    const PAUSE: Duration = Duration::from_secs(10);
-
-    fn is_due(&self) -> bool {
-        let now = Instant::now();
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = told.is_none_or(|told| now - told >= Self::PAUSE);
-        if due {
-            *told = Some(now);
-        }
-        due
-    }
-}
-
-impl bb8::ErrorSink<tokio_postgres::Error> for LogErrors {
-    fn sink(&self, error: tokio_postgres::Error) {
-        let error = anyhow::Error::from(error);
-        if self.is_due() {
-            tracing::warn!(error = format!("{error:#}"), "cannot connect to PostgreSQL");
+impl bb8::ErrorSink<ConnectError> for LogErrors {
+    fn sink(&self, error: ConnectError) {
+        let error = format!("{:#}", anyhow::Error::from(error));
+        if self.0.lock().unwrap_or_else(PoisonError::into_inner).is_due(&error) {
+            tracing::warn!(error, "PostgreSQL is away");
         } else {
-            tracing::debug!(error = format!("{error:#}"), "cannot connect to PostgreSQL");
+            tracing::debug!(error, "PostgreSQL is away");
         }
     }
 
-    fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<tokio_postgres::Error>> {
+    fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<ConnectError>> {
         Box::new(self.clone())
     }
 }
@@ -365,7 +387,7 @@ pub async fn migrate(pool: &Pool) -> Result<(), MigrateError> {
     // Longer than any statement of ours: another process may be building an index.
     const PATIENCE: Duration = Duration::from_secs(3600);
     let not_now = |error: tokio_postgres::Error| MigrateError::NotNow(error.into());
-    let mut connection = pool.dedicated_connection().await.map_err(not_now)?;
+    let mut connection = pool.dedicated_connection().await.map_err(|error| MigrateError::NotNow(error.into()))?;
     let client = &mut connection.client;
     let lock = format!(
         "set statement_timeout = {}; select pg_advisory_lock({MIGRATION_LOCK}, hashtext(current_schema()))",
@@ -393,11 +415,14 @@ pub async fn migrate(pool: &Pool) -> Result<(), MigrateError> {
 /// # Errors
 /// When trying again cannot help.
 pub async fn migrate_when_possible(pool: &Pool) -> anyhow::Result<()> {
-    let mut backoff = Backoff::RECONNECT;
+    let (mut backoff, mut told) = (Backoff::RECONNECT, Seldom::default());
     loop {
         match migrate(pool).await {
             Err(MigrateError::NotNow(error)) => {
-                tracing::warn!(error = format!("{error:#}"), "cannot migrate the database yet");
+                let error = format!("{error:#}");
+                if told.is_due(&error) {
+                    tracing::warn!(error, "cannot migrate the database yet; trying again");
+                }
                 tokio::time::sleep(backoff.delay()).await;
             }
             result => return Ok(result?),

@@ -127,18 +127,20 @@ pub async fn run(config: Config, command: Command) -> anyhow::Result<()> {
             }
             Ok(())
         }
-        Command::Parked(command) => of_parked(&database(&config)?, command).await,
+        Command::Parked(command) => of_parked(&database(&config).await?, command).await,
         Command::Stuck { output } => {
-            let stuck = parked::stuck(&database(&config)?, config.kafka.lifecycles()?).await?;
+            let stuck = parked::stuck(&database(&config).await?, config.kafka.lifecycles()?).await?;
             if output.json { json(&stuck) } else { tell_stuck(&stuck) }
         }
     }
 }
 
-fn database(config: &Config) -> anyhow::Result<Db> {
+async fn database(config: &Config) -> anyhow::Result<Db> {
     config.db.check()?;
     let settings = std::sync::Arc::new(config.db.pool());
     let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?;
+    // The pool would only say that none was to be had in time, and not why.
+    drop(pool.dedicated_connection().await?);
     Ok(Db { pool, settings })
 }
 

@@ -22,7 +22,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use anyhow::bail;
 use metrics_exporter_prometheus::PrometheusHandle;
 use shared::{
-    backoff::Backoff,
+    backoff::{Backoff, Seldom},
     db::{self, Db},
     kafka::{Producer, ensure_topics},
     lifecycle::Lifecycles,
@@ -161,7 +161,7 @@ async fn prepare(
     lifecycles: &Lifecycles,
 ) -> anyhow::Result<()> {
     db::migrate_when_possible(&db.pool).await?;
-    let mut backoff = Backoff::RECONNECT;
+    let (mut backoff, mut told) = (Backoff::RECONNECT, Seldom::default());
     loop {
         let topics = [&*settings.orders_events_topic, &*settings.orders_ack_topic];
         let ready = async {
@@ -179,7 +179,10 @@ async fn prepare(
                 return Ok(());
             }
             Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "waiting for Kafka");
+                let error = format!("{error:#}");
+                if told.is_due(&error) {
+                    tracing::warn!(error, "waiting for Kafka");
+                }
                 tokio::time::sleep(backoff.delay()).await;
             }
         }

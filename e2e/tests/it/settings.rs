@@ -1,6 +1,6 @@
 //! Bad settings are refused at start, by name; good ones in any of their forms.
 
-use test_support::{Settings, System, beside_others, order, refused_at_start};
+use test_support::{Settings, System, beside_others, order, refused_at_start, run_to_end};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_settings_are_refused_by_name() {
@@ -80,5 +80,44 @@ async fn older_names_and_forms_of_settings_serve() {
     api.http().post_order(&order("user")).await.expect_status(201);
     for line in api.log().lines().filter(|line| !line.contains(": listening on ")) {
         assert!(line.starts_with('{') && line.ends_with('}'), "no JSON: {line}");
+    }
+}
+
+/// Who fills in a form leaves some of its lines empty.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_line_of_the_example_can_be_taken_in_even_those_without_a_value() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let example = include_str!("../../../.env.example");
+    let of_this_test = |key: &str| {
+        ["POSTGRES_DSN", "KAFKA_BROKERS", "WORKER_GROUP"].contains(&key)
+            || key.ends_with("_PORT")
+            || key.ends_with("_TOPIC")
+    };
+    let settings: Vec<(&str, &str)> = example
+        .lines()
+        .filter_map(|line| line.strip_prefix('#')?.split_once('='))
+        .filter(|(key, _)| key.chars().all(|c| c.is_ascii_uppercase() || c == '_') && !of_this_test(key))
+        .collect();
+    for key in ["JWT_KEY_FILE", "LIFECYCLES_DIR", "ADMIN_TOKEN", "KAFKA_CONFIG"] {
+        assert!(settings.contains(&(key, "")), "{key} in {settings:?}");
+    }
+    let (api, _worker) = (system.api_with(&settings).await, system.worker_with(&settings).await);
+    api.http().post_order(&order("user")).await.expect_status(201);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_cannot_reach_the_database_says_where_it_looked_and_why_it_failed() {
+    let _turn = beside_others().await;
+    let settings = Settings::default().with(&[("POSTGRES_DSN", "postgres://shop:s3cr3t@127.0.0.1:1/orders")]);
+    for (binary, command) in
+        [("worker", &["parked", "list"][..]), ("worker", &["stuck"]), ("api-service", &["migrate"])]
+    {
+        let (code, said) = run_to_end(binary, command, &settings).await;
+        assert_eq!(code, Some(1), "{said}");
+        for part in ["127.0.0.1:1/orders as shop", "POSTGRES_DSN", "onnection refused"] {
+            assert!(said.contains(part), "{part} in what {binary} {command:?} said: {said}");
+        }
+        assert!(!said.contains("s3cr3t"), "{said}");
     }
 }
