@@ -35,7 +35,12 @@ impl Digest {
 
     #[must_use]
     pub fn of_text(text: &str) -> Self {
-        Self(xxh3_128(text.as_bytes()))
+        Self::of_bytes(text.as_bytes())
+    }
+
+    #[must_use]
+    pub fn of_bytes(bytes: &[u8]) -> Self {
+        Self(xxh3_128(bytes))
     }
 }
 

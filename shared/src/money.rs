@@ -78,6 +78,12 @@ impl Money {
         self.0.is_integer() && !self.0.is_zero()
     }
 
+    /// As bytes that are the same for `5.1` and `5.10`.
+    #[must_use]
+    pub fn value_bytes(self) -> [u8; 16] {
+        self.0.normalize().serialize()
+    }
+
     #[must_use]
     pub fn decimal(self) -> Decimal {
         self.0
