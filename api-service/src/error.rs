@@ -151,11 +151,11 @@ impl Problem {
         Some(match self {
             Self::Malformed(detail) => detail.clone(),
             Self::Invalid(violations) => shared::order::sentence(violations),
-            Self::ContentType => "send Content-Type: application/json".to_owned(),
+            Self::ContentType => "send Content-Type: application/json, not compressed".to_owned(),
             Self::TooLarge { limit } => format!("at most {limit} bytes are taken (MAX_BODY_BYTES)"),
             Self::ContentFixed { status, .. } => format!("orders that are {status} take no change of content"),
             Self::IllegalMove { status, allowed, .. } if allowed.is_empty() => {
-                format!("nobody may move an order that is {status}, or not there")
+                format!("an order that is {status} is moved by its lifecycle alone, if by anything")
             }
             Self::IllegalMove { status, allowed, .. } => {
                 format!("orders that are {status} can become {}", allowed.join(" or "))

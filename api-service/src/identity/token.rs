@@ -140,7 +140,12 @@ fn reason(kind: &ErrorKind) -> Option<&'static str> {
         ErrorKind::ImmatureSignature => "the token is not good yet",
         ErrorKind::InvalidIssuer => "the token is of another issuer",
         ErrorKind::InvalidAudience => "the token is for another audience",
-        ErrorKind::MissingRequiredClaim(_) => "the token lacks one of exp, sub, iss, aud",
+        ErrorKind::MissingRequiredClaim(claim) => match claim.as_str() {
+            "exp" => "the token does not say when it expires (exp)",
+            "sub" => "the token does not say whose it is (sub)",
+            "iss" => "the token does not say who issued it (iss)",
+            _ => "the token does not say whom it is for (aud)",
+        },
         ErrorKind::InvalidSignature => return None,
         _ => "the token cannot be read",
     })

@@ -300,6 +300,7 @@ async fn wrong_methods_types_and_headers_get_their_documented_answers() {
         &[("content-type", "application/x-www-form-urlencoded")],
         &[("content-type", "application/xml")],
         &[("content-type", "")],
+        &[("content-type", JSON), ("content-encoding", "gzip")],
     ] {
         let reply = post(headers).await;
         assert_eq!(reply.status, 415, "{headers:?}: {}", reply.summary());
