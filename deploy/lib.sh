@@ -233,6 +233,8 @@ release_infra() {
 
 # --- Building -----------------------------------------------------------------------------------
 
+need_redis() { have redis-server || install_packages "the tests of the cache" redis-server; }
+
 # Keys and certificates are made with it.
 need_openssl() { have openssl || install_packages "keys and certificates" openssl; }
 
@@ -251,7 +253,7 @@ need_build_tools() {
 
 # All that is released or run beside it, always together: other selections would have other
 # features, and what they share would be built anew.
-build_release() { (cd "$root" && cargo build --release --locked -p api-service -p worker -p bench); }
+build_release() { (cd "$root" && cargo build --release --locked -p api-service -p worker -p client -p bench); }
 
 target_folder() {
   local folder=${CARGO_TARGET_DIR:-$root/target}

@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use shared::{
     order,
-    settings::{self, DbSettings, KafkaSettings, Listen},
+    settings::{self, CacheSettings, DbSettings, KafkaSettings, Listen},
 };
 
 use crate::{
@@ -60,6 +60,8 @@ pub struct Config {
     pub prices: PriceSettings,
     #[command(flatten)]
     pub db: DbSettings,
+    #[command(flatten)]
+    pub cache: CacheSettings,
     #[command(flatten)]
     pub kafka: KafkaSettings,
 }

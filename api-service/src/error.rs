@@ -17,6 +17,9 @@ use crate::request::BadRequest;
 /// Seconds after which a client may try again what could not be done now.
 pub(crate) const RETRY_AFTER: u64 = 1;
 
+/// A list of a thousand broken items helps nobody.
+pub(crate) const MAX_ERRORS: usize = 100;
+
 #[derive(Clone, Debug)]
 pub(crate) enum Problem {
     Malformed(String),
@@ -31,10 +34,18 @@ pub(crate) enum Problem {
     /// Says who may.
     Forbidden(&'static str),
     ContentType,
+    NotNdjson,
     TooLarge {
         limit: usize,
     },
+    /// More than can be stored all or nothing.
+    TooMuchTogether {
+        lines: usize,
+        bytes: usize,
+    },
     TooSlow,
+    /// A good line among bad ones, where all or none are stored.
+    AnotherRefused,
     Deleted {
         order_id: Uuid,
     },
@@ -127,6 +138,11 @@ impl Problem {
                 (StatusCode::METHOD_NOT_ALLOWED, "malformed", "This method is not for this resource")
             }
             Self::ContentType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "malformed", "The body is not JSON"),
+            Self::NotNdjson => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "malformed", "The body is not NDJSON"),
+            Self::TooMuchTogether { .. } => {
+                (StatusCode::PAYLOAD_TOO_LARGE, "too-large", "Too much to be stored all or nothing")
+            }
+            Self::AnotherRefused => (StatusCode::FAILED_DEPENDENCY, "conflict", "Another line was refused"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too-large", "The body is too large"),
             Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "malformed", "The body did not arrive in time"),
             Self::Deleted { .. } => (StatusCode::CONFLICT, "deleted", "The order is deleted"),
@@ -152,6 +168,11 @@ impl Problem {
             Self::Malformed(detail) => detail.clone(),
             Self::Invalid(violations) => shared::order::sentence(violations),
             Self::ContentType => "send Content-Type: application/json, not compressed".to_owned(),
+            Self::NotNdjson => "send Content-Type: application/x-ndjson, one order a line".to_owned(),
+            Self::TooMuchTogether { lines, bytes } => format!(
+                "with policy=reject-all at most {lines} lines and {bytes} bytes are taken; policy=reject-failed has no limit"
+            ),
+            Self::AnotherRefused => "nothing is wrong with this line; none of them was stored".to_owned(),
             Self::TooLarge { limit } => format!("at most {limit} bytes are taken (MAX_BODY_BYTES)"),
             Self::ContentFixed { status, .. } => format!("orders that are {status} take no change of content"),
             Self::IllegalMove { status, allowed, .. } if allowed.is_empty() => {
@@ -185,8 +206,7 @@ impl Problem {
     /// What else is known, for programs.
     pub(crate) fn members(&self) -> Map<String, Value> {
         let members = match self {
-            // A list of a thousand broken items helps nobody.
-            Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(100)] }),
+            Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(MAX_ERRORS)] }),
             Self::Deleted { order_id } | Self::ExternalIdTaken { order_id } => json!({ "order_id": order_id }),
             Self::Precondition { order: Some((order_id, version)) } => {
                 json!({ "order_id": order_id, "order_version": version })
@@ -224,11 +244,9 @@ impl Problem {
         self.detail().map_or_else(|| title.to_owned(), |detail| format!("{title}: {detail}"))
     }
 
-    /// As a response that is not counted: to those who look after the service. The problem itself
-    /// goes with it, for those who say the same in other words.
-    pub(crate) fn render(self) -> Response {
+    /// Status and problem details.
+    pub(crate) fn describe(&self) -> (StatusCode, Value) {
         let (status, kind, title) = self.kind();
-        let is_undecided = matches!(self, Self::KeyUndecided { .. });
         let mut body = self.members();
         body.insert("type".into(), format!("urn:orderstream:problem:{kind}").into());
         body.insert("title".into(), title.into());
@@ -236,7 +254,15 @@ impl Problem {
         if let Some(detail) = self.detail() {
             body.insert("detail".into(), detail.into());
         }
-        let mut response = (status, Value::Object(body).to_string()).into_response();
+        (status, Value::Object(body))
+    }
+
+    /// As a response that is not counted: to those who look after the service. The problem itself
+    /// goes with it, for those who say the same in other words.
+    pub(crate) fn render(self) -> Response {
+        let (status, body) = self.describe();
+        let is_undecided = matches!(self, Self::KeyUndecided { .. });
+        let mut response = (status, body.to_string()).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if status == StatusCode::UNAUTHORIZED {

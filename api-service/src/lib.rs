@@ -30,6 +30,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::bail;
 use metrics_exporter_prometheus::PrometheusHandle;
 use shared::{
+    cache::Cache,
     db::{self, Db, DbError},
     kafka::{Producer, ensure_topics},
     outbox::Outbox,
@@ -70,6 +71,7 @@ pub async fn run(
     let identity = config.identity()?;
     let prices = config.prices.open()?;
     let db = open(&config)?;
+    let cache = Cache::open(&config.cache)?;
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
     let waiters = Waiters::new(config.api.max_waiters);
@@ -78,7 +80,8 @@ pub async fn run(
 
     // Those that must not end before the process does, and those that end with their last handle.
     let (mut vital, mut writers) = (JoinSet::new(), JoinSet::new());
-    let writer = Writer::start(&db, &outbox, defaults.lifecycles, &config.kafka.orders_events_topic, &mut writers);
+    let writer =
+        Writer::start(&db, &cache, &outbox, defaults.lifecycles, &config.kafka.orders_events_topic, &mut writers);
     vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
     vital.spawn(serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone()));
     vital.spawn(look_after_outbox(outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
@@ -108,6 +111,7 @@ pub async fn run(
     });
     let orders = Orders {
         db,
+        cache,
         writer,
         waiters,
         replies,
@@ -126,6 +130,7 @@ pub async fn run(
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,
         body_room: Arc::new(Semaphore::new(BODIES_KIB)),
+        bulk_places: http::bulk::Places::default(),
         metrics,
         started,
         leaving: leaving.clone(),

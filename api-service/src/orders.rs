@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use shared::{
     backoff::Backoff,
+    cache::Cache,
     db::{Db, DbError},
     kafka::Producer,
     message::{AckStatus, Answer, Headers, now},
@@ -17,10 +18,10 @@ use crate::{
     change::{self, Expected, State},
     error::Problem,
     idempotency::{Claim, is_undecided},
-    request::Upsert,
+    request::{NewOrder, Upsert},
     store::{keys::Known, read},
     waiters::{Waiter, Waiters},
-    writer::{Move, Origin, Work, Writer, Written},
+    writer::{Move, Origin, Stored, Work, Writer, Written},
 };
 
 /// How often an answer to somebody else's request is looked for.
@@ -29,6 +30,7 @@ const LOOK: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_mil
 /// What the use cases need.
 pub(crate) struct Orders {
     pub db: Db,
+    pub cache: Cache,
     pub writer: Writer,
     pub waiters: Waiters,
     pub replies: ReplyAddress,
@@ -119,14 +121,33 @@ impl Orders {
         let waiter = wait.and_then(|_| self.park(correlation_id));
         let reply_to = waiter.as_ref().and_then(|_| self.replies.for_request(correlation_id));
         let origin = Origin { correlation_id, reply_to, trace, expected, claim };
-        let (operation, work) = match upsert {
+        let (operation, work) = self.work(upsert, &origin);
+        let written = self.writer.write(work, origin).await?;
+        self.settle(written, operation, correlation_id, wait, waiter).await
+    }
+
+    /// What a request asks the writer for.
+    pub(crate) fn work(&self, upsert: Upsert, origin: &Origin) -> (Operation, Work) {
+        match upsert {
             Upsert::Create(order) => {
-                (Operation::Created, Work::Create(Box::new(change::new_row(order, &origin, now(), &self.topic))))
+                (Operation::Created, Work::Create(Box::new(change::new_row(order, origin, now(), &self.topic))))
             }
             Upsert::Update(change) => (Operation::Updated, Work::Update(Box::new(change))),
             Upsert::Delete(target) => (Operation::Deleted, Work::Delete(target)),
-        };
-        match self.writer.write(work, origin).await? {
+        }
+    }
+
+    /// What the caller is told of a change that is durable; with a deadline, once the worker has
+    /// answered.
+    pub(crate) async fn settle(
+        &self,
+        written: Written,
+        operation: Operation,
+        correlation_id: Uuid,
+        wait: Option<Instant>,
+        waiter: Option<Waiter>,
+    ) -> Result<Done, Problem> {
+        match written {
             Written::Now { order_id, state } => {
                 metrics::counter!("orderstream_orders_accepted_total", "op" => operation.name()).increment(1);
                 let done = Done::new(operation, order_id, correlation_id, *state, Progress::Stored);
@@ -145,6 +166,21 @@ impl Orders {
             }
             Written::Repeated(known) => self.replay(operation, *known).await,
         }
+    }
+
+    /// Makes new orders durable, all of them or none; what became of each. Nobody waits.
+    pub(crate) async fn create_together(
+        &self,
+        orders: Vec<NewOrder>,
+        trace: &Headers,
+    ) -> Result<Vec<Result<Stored, Problem>>, Problem> {
+        let at = now();
+        let rows = orders.into_iter().map(|order| {
+            let correlation_id = Uuid::now_v7();
+            let origin = Origin { correlation_id, reply_to: None, trace: trace.clone(), expected: None, claim: None };
+            change::new_row(order, &origin, at, &self.topic)
+        });
+        self.writer.write_together(&rows.collect::<Vec<_>>()).await
     }
 
     /// Puts the order in another state; nobody waits, since the worker only notes it.

@@ -6,12 +6,15 @@
 //! refuses the rows, they are tried in halves. When the connection is lost nothing is tried
 //! again, since the commit may have been made: the caller hears so, and may safely repeat.
 
+mod together;
+
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
 use shared::{
+    cache::Cache,
     db::{Connection, Db, DbError, Fault},
     lifecycle::Lifecycles,
     message::{Headers, ReplyTo, now},
@@ -22,6 +25,7 @@ use tokio::{
     task::JoinSet,
     time::Instant,
 };
+use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 use uuid::Uuid;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
@@ -36,7 +40,7 @@ use crate::{
         insert,
         insert::NewRow,
         keys::{self, KeyRow, Known},
-        read,
+        read::{self, Reference},
     },
 };
 
@@ -51,8 +55,14 @@ const CHANGE_WRITERS: usize = 2;
 const QUEUE: usize = 4_096;
 /// What all that waits may come to, in KiB: thousands of the largest bodies would not fit.
 const QUEUE_KIB: usize = 64 * 1024;
+/// What those who bring many at once have in the queues, in KiB and all together, and what each
+/// change counts at least: 1,024 changes, which keep the writers busy and leave room for others.
+const BULK_KIB: usize = 16 * 1024;
+const BULK_LINE_KIB: u32 = 16;
 /// So often others may be quicker, or in the way, before the caller is told to try again.
 const CONTENTION_RETRIES: usize = 5;
+
+const SHUTTING_DOWN: Problem = Problem::Unavailable("shutting down");
 
 /// What is to be made durable.
 #[derive(Debug)]
@@ -138,7 +148,23 @@ struct Command {
     origin: Origin,
     reply: oneshot::Sender<Result<Written, Problem>>,
     _room: OwnedSemaphorePermit,
+    /// Of those who want to know when all that they have queued is done.
+    _queued: Option<TaskTrackerToken>,
 }
+
+/// A change that has its place in the queue.
+pub(crate) struct Queued(oneshot::Receiver<Result<Written, Problem>>);
+
+impl Queued {
+    /// Returns once the change is durable.
+    pub(crate) async fn written(self) -> Result<Written, Problem> {
+        self.0.await.unwrap_or(Err(Problem::Unavailable(
+            "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
+        )))
+    }
+}
+
+pub(crate) use together::Stored;
 
 /// A handle to the writers.
 #[derive(Clone)]
@@ -146,12 +172,19 @@ pub(crate) struct Writer {
     creates: mpsc::Sender<Command>,
     changes: Vec<mpsc::Sender<Command>>,
     room: Arc<Semaphore>,
+    bulk_room: Arc<Semaphore>,
+    /// For what is written together, on a connection of its own.
+    db: Db,
+    cache: Cache,
+    outbox: Outbox,
+    topic: Arc<str>,
 }
 
 impl Writer {
     /// Starts the writers among `tasks`; they end when the last handle is dropped.
     pub(crate) fn start(
         db: &Db,
+        cache: &Cache,
         outbox: &Outbox,
         lifecycles: &'static Lifecycles,
         topic: &str,
@@ -159,14 +192,19 @@ impl Writer {
     ) -> Self {
         let mut start = || {
             let (sender, queue) = mpsc::channel(QUEUE);
-            let (db, outbox, topic) = (db.clone(), outbox.clone(), topic.to_owned());
-            tasks.spawn(Task { db, outbox, lifecycles, topic, queue, later: VecDeque::new() }.run());
+            let (db, cache, outbox, topic) = (db.clone(), cache.clone(), outbox.clone(), topic.to_owned());
+            tasks.spawn(Task { db, cache, outbox, lifecycles, topic, queue, later: VecDeque::new() }.run());
             sender
         };
         Self {
             creates: start(),
             changes: (0..CHANGE_WRITERS).map(|_| start()).collect(),
             room: Arc::new(Semaphore::new(QUEUE_KIB)),
+            bulk_room: Arc::new(Semaphore::new(BULK_KIB)),
+            db: db.clone(),
+            cache: cache.clone(),
+            outbox: outbox.clone(),
+            topic: topic.into(),
         }
     }
 
@@ -175,13 +213,24 @@ impl Writer {
         const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
-        self.queue_of(&work).try_send(Command { work, origin, reply, _room: room }).map_err(|error| match error {
+        let command = Command { work, origin, reply, _room: room, _queued: None };
+        self.queue_of(&command.work).try_send(command).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => FULL,
-            mpsc::error::TrySendError::Closed(_) => Problem::Unavailable("shutting down"),
+            mpsc::error::TrySendError::Closed(_) => SHUTTING_DOWN,
         })?;
-        written.await.unwrap_or(Err(Problem::Unavailable(
-            "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
-        )))
+        Queued(written).written().await
+    }
+
+    /// Queues one of many changes that a client brings at once, when there is room for it: such a
+    /// client is held up instead of being refused, and leaves most of the queue to others. What is
+    /// queued first takes effect first, if it concerns the same order or the same external id.
+    pub(crate) async fn queue(&self, work: Work, origin: Origin, queued: &TaskTracker) -> Result<Queued, Problem> {
+        let kib = work.kib().clamp(BULK_LINE_KIB, BULK_KIB as u32);
+        let room = self.bulk_room.clone().acquire_many_owned(kib).await.map_err(|_| Problem::Internal)?;
+        let (reply, written) = oneshot::channel();
+        let command = Command { work, origin, reply, _room: room, _queued: Some(queued.token()) };
+        self.queue_of(&command.work).send(command).await.map_err(|_| SHUTTING_DOWN)?;
+        Ok(Queued(written))
     }
 
     /// Changes of one order go to one writer: two would only wait for each other's locks.
@@ -208,6 +257,7 @@ impl Command {
 
 struct Task {
     db: Db,
+    cache: Cache,
     outbox: Outbox,
     lifecycles: &'static Lifecycles,
     topic: String,
@@ -320,15 +370,22 @@ impl Task {
         };
         let placed = rows.iter().filter_map(|(row, _)| Some(placed(row, stored.get(&row.order_id)?)));
         self.outbox.publish(placed.collect(), began);
+        let new = rows.iter().filter(|(row, _)| stored.contains_key(&row.order_id));
+        self.cache.forget(new.map(|(row, _)| (row.order_id, row.user_id.as_str()))).await;
+        // Many are lost where a client sends again what broke off: looked for all at once.
+        let lost = rows.iter().filter(|(row, claim)| claim.is_none() && !stored.contains_key(&row.order_id));
+        let lost: Vec<&NewRow> = lost.map(|(row, _)| *row).collect();
+        let holders = connection.within(deadline, holders(connection, &lost)).await.unwrap_or_default();
         let mut results = Vec::with_capacity(rows.len());
         for (row, claim) in rows {
             // Its neighbours are stored: what goes wrong from here on is this one's alone.
-            let result = match claim {
+            let result = match (holders.get(&row.order_id), claim) {
                 _ if stored.contains_key(&row.order_id) => Ok(Ok(written(row))),
-                Some(claim) if !claimed.contains(&row.correlation_id) => {
+                (_, Some(claim)) if !claimed.contains(&row.correlation_id) => {
                     connection.within(deadline, replay(connection, claim)).await
                 }
-                claim => self.create_again(connection, row, claim).await,
+                (Some(holder), None) if !holder.deleted => Ok(holder.before(row)),
+                (_, claim) => self.create_again(connection, row, claim).await,
             };
             results.push(result.unwrap_or_else(|error| Err(error.into())));
         }
@@ -379,14 +436,13 @@ impl Task {
             let found = connection.within(deadline, read::reference(connection, &row.user_id, external_id)).await?;
             let Some(found) = found else { break };
             if !found.deleted {
-                return match found.correlation_id {
-                    Some(correlation_id) if found.fingerprint == row.fingerprint.0.to_be_bytes() => {
-                        let order_id = found.order_id;
-                        let key = claim.map(|claim| KeyRow { order_id, correlation_id, ..key_row(row, claim) });
-                        let before = Written::Before { order_id, correlation_id };
+                let before = found.before(row);
+                return match (before, claim) {
+                    (Ok(before @ Written::Before { order_id, correlation_id }), Some(claim)) => {
+                        let key = KeyRow { order_id, correlation_id, ..key_row(row, claim) };
                         connection.within(deadline, note_key(connection, key, before)).await
                     }
-                    _ => Ok(Err(Problem::ExternalIdTaken { order_id: found.order_id })),
+                    (before, _) => Ok(before),
                 };
             }
             let began = Instant::now();
@@ -405,6 +461,7 @@ impl Task {
             match connection.transaction(deadline, work).await? {
                 Ok(Some(place)) => {
                     self.outbox.publish(vec![placed(row, &place)], began);
+                    self.cache.forget([(row.order_id, row.user_id.as_str())]).await;
                     return Ok(Ok(written(row)));
                 }
                 Ok(None) => {}
@@ -474,10 +531,13 @@ impl Task {
                 [] => Vec::new(),
                 rows => store_change::write_changes(connection, rows, at).await?,
             };
-            Ok((sent, results, began))
+            let changed: Vec<(Uuid, String)> =
+                rows.into_iter().map(|row| (row.order.order_id, row.order.user_id)).collect();
+            Ok((sent, changed, results, began))
         };
-        let (sent, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
+        let (sent, changed, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
         self.outbox.publish(sent, began);
+        self.cache.forget(changed.iter().map(|(order_id, user_id)| (*order_id, user_id.as_str()))).await;
         Ok(results)
     }
 }
@@ -509,19 +569,39 @@ async fn replay(connection: &Connection, claim: &Claim) -> Result<Result<Written
 /// Keeps what the key's request has found done before, unless the key has done something itself.
 async fn note_key(
     connection: &Connection,
-    key: Option<KeyRow<'_>>,
+    key: KeyRow<'_>,
     before: Written,
 ) -> Result<Result<Written, Problem>, DbError> {
-    match key {
-        Some(key) if keys::claim_keys(connection, std::slice::from_ref(&key), now()).await?.is_empty() => {
-            replay(connection, key.claim).await
-        }
-        _ => Ok(Ok(before)),
+    if keys::claim_keys(connection, std::slice::from_ref(&key), now()).await?.is_empty() {
+        return replay(connection, key.claim).await;
     }
+    Ok(Ok(before))
 }
 
 fn key_row<'a>(row: &NewRow, claim: &'a Claim) -> KeyRow<'a> {
     KeyRow { claim, order_id: row.order_id, version: 1, correlation_id: row.correlation_id }
+}
+
+/// Who has the external ids of these, by the order that wanted one.
+async fn holders(connection: &Connection, rows: &[&NewRow]) -> Result<HashMap<Uuid, Reference>, DbError> {
+    if rows.len() < 2 {
+        return Ok(HashMap::new());
+    }
+    let ids = rows.iter().map(|row| (row.user_id.as_str(), row.external_id.as_deref().unwrap_or_default()));
+    let found = read::references(connection, &ids.collect::<Vec<_>>()).await?;
+    Ok(found.into_iter().filter_map(|(place, holder)| Some((rows.get(place)?.order_id, holder))).collect())
+}
+
+impl Reference {
+    /// Is the order that has the external id of this one the same?
+    fn before(&self, row: &NewRow) -> Result<Written, Problem> {
+        match self.correlation_id {
+            Some(correlation_id) if self.fingerprint == row.fingerprint.0.to_be_bytes() => {
+                Ok(Written::Before { order_id: self.order_id, correlation_id })
+            }
+            _ => Err(Problem::ExternalIdTaken { order_id: self.order_id }),
+        }
+    }
 }
 
 fn placed(row: &NewRow, place: &str) -> Placed {

@@ -11,8 +11,8 @@ use crate::process;
 use crate::product::{self, Product};
 use crate::report::{LedgerFigures, Mode};
 use crate::run::{Bench, Options, step};
-use crate::table;
 use crate::topics::Topics;
+use client::table;
 
 /// One measurement.
 #[derive(Clone, Copy)]

@@ -16,9 +16,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
 use crate::http::{Address, Answer, Connection};
-use crate::latency::Latencies;
 use crate::load_orders::Bodies;
 use crate::procfs;
+use client::latency::Latencies;
 
 /// A caller that is told 503 comes back after this. `Retry-After` would be whole seconds, in which
 /// a closed loop offers nothing.
@@ -218,7 +218,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
-    use crate::stand_in::{respond, serve};
+    use test_support::stand_in::{respond, serve};
 
     fn plan(url: String) -> Plan {
         Plan { url, callers: 8, wait: 5, warm_up_ms: 50, measure_ms: 200, each: 0 }

@@ -93,7 +93,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::sample;
+    use client::sample;
 
     #[test]
     fn orders_have_the_sizes_of_real_ones_and_ids_of_their_own() {

@@ -6,10 +6,10 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::load;
-use crate::money::grouped_count;
 use crate::pgbench;
 use crate::product::Memory;
-use crate::table::markdown;
+use client::money::grouped_count;
+use client::table::markdown;
 
 /// By how much the pgbench runs may differ, of their mean, on what is still a quiet machine.
 const STEADY: f64 = 0.15;

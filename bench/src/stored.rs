@@ -12,12 +12,12 @@ use uuid::Uuid;
 
 use crate::database::Database;
 use crate::http::{Address, Answer, Connection};
-use crate::latency::Latencies;
 use crate::process;
 use crate::product::{self, Product};
 use crate::run::{self, step};
-use crate::table;
 use crate::topics::Topics;
+use client::latency::Latencies;
+use client::table;
 
 /// Each user's orders, and how many of those users share a stretch of time: what a page holds is
 /// the same however many orders there are.

@@ -2,6 +2,7 @@
 //! to PostgreSQL, Kafka and HTTP clients.
 
 pub mod backoff;
+pub mod cache;
 pub mod db;
 pub mod emission;
 pub mod kafka;

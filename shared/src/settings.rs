@@ -30,6 +30,7 @@ const OLDER_NAMES: &[(&str, &str)] = &[
     ("HTTP_PORT", "API_PORT"),
     ("METRICS_PORT", "WORKER_PORT"),
     ("OTEL_SERVICE_NAME", "SERVICE_NAME"),
+    ("REDIS_URL", "REDIS_ADDR"),
 ];
 
 /// Where PostgreSQL is.
@@ -92,6 +93,19 @@ impl DbSettings {
             write_timeout: self.db_write_timeout,
         }
     }
+}
+
+/// Where orders are kept that were read a moment ago. Both binaries need the same.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Redis")]
+pub struct CacheSettings {
+    /// Redis: host:port, or redis://:password@host:port/database, or rediss:// for TLS; by default
+    /// none, and every read is PostgreSQL's
+    #[arg(long, env = "REDIS_ADDR", value_name = "REDIS_ADDR", hide_env_values = true)]
+    pub redis_addr: Option<String>,
+    /// Most age of what is kept there: so old may an answer be if Redis was away while its order changed
+    #[arg(long, env = "CACHE_TTL", value_name = "CACHE_TTL", default_value = "30s", value_parser = duration)]
+    pub cache_ttl: Duration,
 }
 
 /// Where Kafka is, and what the topics are called.

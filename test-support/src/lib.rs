@@ -15,6 +15,8 @@ mod ledger;
 mod orders;
 mod process;
 mod proxy;
+mod redis;
+pub mod stand_in;
 mod system;
 mod wait;
 
@@ -30,5 +32,6 @@ pub use ledger::{Accepted, Ledger};
 pub use orders::{item, order};
 pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start, run_to_end};
 pub use proxy::{Mode, Proxy};
+pub use redis::PrivateRedis;
 pub use system::System;
 pub use wait::{eventually, wait_for};

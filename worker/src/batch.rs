@@ -6,6 +6,7 @@ use std::{
 };
 
 use shared::{
+    cache::Cache,
     db::{Connection, Db, DbError},
     emission::{self, Sender},
     lifecycle::{Lifecycles, template::Subject},
@@ -33,6 +34,7 @@ use crate::{
 #[derive(Clone)]
 pub(crate) struct Handler {
     pub db: Db,
+    pub cache: Cache,
     pub outbox: Outbox,
     pub lifecycles: &'static Lifecycles,
     pub retries: RetrySettings,
@@ -56,6 +58,8 @@ pub(crate) struct Outcome<'a> {
     pub parks: Vec<Park<'a>>,
     /// Orders that have moved: what came too early for them may be tried now.
     pub touched: Vec<Uuid>,
+    /// Orders that are not as they were, with their users.
+    pub changed: Vec<(Uuid, String)>,
     /// There is such.
     pub woke: bool,
 }
@@ -85,8 +89,10 @@ impl Handler {
         }
         let mut replies = Vec::with_capacity(told.len());
         let began = Instant::now();
-        let (rest, sent) = connection.within(deadline, self.move_unchanged(&connection, told, &mut replies)).await?;
+        let (rest, moved, sent) =
+            connection.within(deadline, self.move_unchanged(&connection, told, &mut replies)).await?;
         self.outbox.publish(sent, began);
+        self.cache.forget(moved.iter().map(|(order_id, user_id)| (*order_id, user_id.as_str()))).await;
         if !rest.is_empty() || !unreadable.is_empty() {
             let began = Instant::now();
             let work = async {
@@ -101,15 +107,16 @@ impl Handler {
                 Ok(outcome)
             };
             let outcome = connection.transaction(deadline, work).await?;
-            self.committed(&outcome, began);
+            self.committed(&outcome, began).await;
             replies.extend(outcome.replies);
         }
         Ok(replies)
     }
 
     /// What is to be done when a transaction under locks has committed, but for the answers.
-    pub(crate) fn committed(&self, outcome: &Outcome<'_>, began: Instant) {
+    pub(crate) async fn committed(&self, outcome: &Outcome<'_>, began: Instant) {
         self.outbox.publish(outcome.sent.clone(), began);
+        self.cache.forget(outcome.changed.iter().map(|(order_id, user_id)| (*order_id, user_id.as_str()))).await;
         if outcome.woke {
             self.wake.notify_one();
         }
@@ -163,7 +170,7 @@ impl Handler {
         connection: &Connection,
         told: Vec<Told<'a>>,
         replies: &mut Vec<Reply>,
-    ) -> Result<(Vec<Told<'a>>, Vec<Placed>), DbError> {
+    ) -> Result<(Vec<Told<'a>>, Vec<(Uuid, String)>, Vec<Placed>), DbError> {
         let at = now();
         let mut times: HashMap<Uuid, usize> = HashMap::with_capacity(told.len());
         for Told { said, .. } in &told {
@@ -190,18 +197,22 @@ impl Handler {
             taken.push(told);
         }
         if rows.is_empty() {
-            return Ok((rest, Vec::new()));
+            return Ok((rest, Vec::new(), Vec::new()));
         }
         let (moved, sent) = store::move_unchanged(connection, &rows, messages, at).await?;
+        let mut changed = Vec::new();
         for (told, row) in taken.into_iter().zip(rows) {
             if moved.contains(&row.order_id) {
                 count(row.handling.kind);
+                if let Said::Event(event) = &told.said {
+                    changed.push((row.order_id, event.user_id.to_string()));
+                }
                 replies.extend(reply(&Asked::of(told.record, &told.said), row.handling.answer));
             } else {
                 rest.push(told);
             }
         }
-        Ok((rest, sent))
+        Ok((rest, changed, sent))
     }
 
     /// What an event comes to if nothing has happened to its order since.
@@ -285,6 +296,7 @@ impl Handler {
         let is_set_aside =
             |place: usize, told: &Told<'_>| known.contains(&place) || blocked.contains(&told.said.order_id());
         let free = told.iter().enumerate().filter(|(place, told)| !is_set_aside(*place, told)).map(|(_, told)| told);
+        let there: HashSet<Uuid> = orders.keys().copied().collect();
         self.create_missing(connection, free, &mut orders).await?;
         // After the locks: what happened before us has an earlier time than we.
         let at = now();
@@ -293,6 +305,8 @@ impl Handler {
         let found: HashMap<Uuid, i64> = orders.iter().map(|(id, locked)| (*id, locked.order.version)).collect();
         let (mut rows, mut messages, mut touched) = (Vec::new(), Vec::new(), HashSet::new());
         let mut outcome = Outcome::default();
+        let new = orders.iter().filter(|(id, _)| !there.contains(*id));
+        outcome.changed.extend(new.map(|(id, locked)| (*id, locked.user_id.clone())));
         for (place, (told, cause)) in told.iter().zip(causes).enumerate() {
             let (Told { record, said }, order_id) = (told, cause.0);
             if let Some(answer) = answers.get(&cause) {
@@ -351,6 +365,7 @@ impl Handler {
                 .filter(|(id, locked)| found.get(id).is_some_and(|version| *version != locked.order.version))
                 .map(|(id, locked)| (*id, found[id], &locked.order))
                 .collect();
+            outcome.changed.extend(changed.iter().map(|(id, ..)| (*id, orders[id].user_id.clone())));
             outcome.sent = store::write_handlings(connection, &rows, &changed, messages, at).await?;
         }
         outcome.touched = touched.into_iter().collect();

@@ -155,10 +155,12 @@ impl Clock {
             };
             let ids: Vec<Uuid> = orders.iter().map(|(id, ..)| *id).collect();
             let woke = !ids.is_empty() && store::parked::wake_early(&connection, &ids, at).await? > 0;
-            Ok((ids.len(), sent, woke, last))
+            let users: Vec<(Uuid, String)> = ids.iter().map(|id| (*id, due[id].user_id.clone())).collect();
+            Ok((users, sent, woke, last))
         };
         let (moved, sent, woke, last) = connection.transaction(handler.db.settings.write_timeout, work).await?;
         handler.outbox.publish(sent, began);
+        handler.cache.forget(moved.iter().map(|(order_id, user_id)| (*order_id, user_id.as_str()))).await;
         if woke {
             handler.wake.notify_one();
         }
@@ -167,8 +169,8 @@ impl Clock {
         for (order_id, reason) in refused {
             self.leave_alone(order_id, &reason);
         }
-        metrics::counter!("orderstream_clock_moved_total").increment(moved as u64);
-        Ok(moved)
+        metrics::counter!("orderstream_clock_moved_total").increment(moved.len() as u64);
+        Ok(moved.len())
     }
 
     fn leave_alone(&mut self, order_id: Uuid, reason: &str) {

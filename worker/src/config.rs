@@ -6,7 +6,7 @@ use clap::{Args, Parser};
 use shared::{
     backoff::Backoff,
     lifecycle::Lifecycles,
-    settings::{self, DbSettings, KafkaSettings, Listen},
+    settings::{self, CacheSettings, DbSettings, KafkaSettings, Listen},
 };
 
 use crate::cli::Command;
@@ -42,6 +42,8 @@ pub struct Config {
     pub retries: RetrySettings,
     #[command(flatten)]
     pub db: DbSettings,
+    #[command(flatten)]
+    pub cache: CacheSettings,
     #[command(flatten)]
     pub kafka: KafkaSettings,
 }

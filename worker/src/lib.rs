@@ -23,6 +23,7 @@ use anyhow::bail;
 use metrics_exporter_prometheus::PrometheusHandle;
 use shared::{
     backoff::{Backoff, Seldom},
+    cache::Cache,
     db::{self, Db},
     kafka::{Producer, ensure_topics},
     lifecycle::Lifecycles,
@@ -49,6 +50,7 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let lifecycles = config.check()?;
+    let cache = Cache::open(&config.cache)?;
     let settings = Arc::new(config.db.pool());
     let db = Db { pool: db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?, settings };
     let producer = Producer::new(&config.kafka)?;
@@ -65,6 +67,7 @@ pub async fn run(
     let mut vital = JoinSet::new();
     let handler = Handler {
         db,
+        cache,
         outbox: outbox.clone(),
         lifecycles,
         retries: config.retries.clone(),

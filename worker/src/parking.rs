@@ -116,6 +116,7 @@ impl Parking {
         match connection.transaction(deadline, self.attempt(&connection, id, at)).await {
             Ok(tried) => {
                 self.handler.outbox.publish(tried.sent, began);
+                self.handler.cache.forget(tried.changed.iter().map(|(id, user_id)| (*id, user_id.as_str()))).await;
                 if tried.woke {
                     self.handler.wake.notify_one();
                 }
@@ -195,7 +196,7 @@ impl Parking {
         let is_way_free = self.end(connection, id, &message, verdict, at).await?;
         // Whoever sent it was told that it is put off; now there is an answer.
         let replies = if is_answered { outcome.replies } else { Vec::new() };
-        Ok(Tried { replies, sent: outcome.sent, woke: outcome.woke || is_way_free })
+        Ok(Tried { replies, sent: outcome.sent, changed: outcome.changed, woke: outcome.woke || is_way_free })
     }
 
     /// Keeps what became of an attempt, and lets the next one go where this is no longer in its
@@ -277,6 +278,7 @@ enum Verdict {
 struct Tried {
     replies: Vec<Reply>,
     sent: Vec<Placed>,
+    changed: Vec<(Uuid, String)>,
     woke: bool,
 }
 

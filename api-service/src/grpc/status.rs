@@ -18,13 +18,15 @@ const TEXT_BYTES: usize = 1024;
 
 fn code(problem: &Problem) -> Code {
     match problem {
-        Problem::Malformed(_) | Problem::Invalid(_) | Problem::ContentType => Code::InvalidArgument,
+        Problem::Malformed(_) | Problem::Invalid(_) | Problem::ContentType | Problem::NotNdjson => {
+            Code::InvalidArgument
+        }
         Problem::UnknownOrder | Problem::UnknownRequest | Problem::UnknownParked => Code::NotFound,
         Problem::UnknownRoute | Problem::MethodNotAllowed => Code::Unimplemented,
         Problem::Unauthenticated(_) => Code::Unauthenticated,
         Problem::Forbidden(_) => Code::PermissionDenied,
         // As every gRPC library answers a message that is too large for it.
-        Problem::TooLarge { .. } => Code::ResourceExhausted,
+        Problem::TooLarge { .. } | Problem::TooMuchTogether { .. } => Code::ResourceExhausted,
         Problem::TooSlow => Code::DeadlineExceeded,
         Problem::TooMany { .. } => Code::ResourceExhausted,
         Problem::KeyReused => Code::InvalidArgument,
@@ -36,6 +38,7 @@ fn code(problem: &Problem) -> Code {
         | Problem::ContentFixed { .. }
         | Problem::IllegalMove { .. }
         | Problem::ParkedElsewise { .. }
+        | Problem::AnotherRefused
         | Problem::Rejected { .. } => Code::FailedPrecondition,
         Problem::Unavailable(_) => Code::Unavailable,
         Problem::Internal => Code::Internal,

@@ -7,17 +7,21 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
-use shared::order::{Violation, escape};
+use shared::{
+    cache::Key,
+    order::{Violation, escape},
+};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use utoipa::IntoParams;
 use uuid::Uuid;
 
-use super::{App, reads::json};
+use super::{App, openapi, reads::json};
 use crate::{
     error::Problem,
     identity::Caller,
     store::{
         list::{self, Filter, Page, Place},
-        read,
+        read::{self, Order},
     },
 };
 
@@ -30,6 +34,51 @@ const TIMES: std::ops::RangeInclusive<i128> = -62_135_596_800_000_000..=253_402_
 /// As axum decodes a query: in its order, names perhaps twice.
 type Pairs = Result<Query<Vec<(String, String)>>, QueryRejection>;
 
+/// What a list is asked for.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes what is read by hand")]
+struct OfAll {
+    /// Those of one user
+    #[param(nullable = false, min_length = 1)]
+    user_id: Option<String>,
+}
+
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes what is read by hand")]
+struct ListQuery {
+    /// Those in one state
+    #[param(nullable = false, min_length = 1)]
+    status: Option<String>,
+    /// Those of one lifecycle
+    #[param(nullable = false, min_length = 1)]
+    lifecycle: Option<String>,
+    /// The one that has the marketplace's own id, of one user
+    #[param(nullable = false, min_length = 1)]
+    external_id: Option<String>,
+    /// Created then or later
+    #[param(value_type = Option<openapi::Time>)]
+    created_from: Option<()>,
+    /// Created before that
+    #[param(value_type = Option<openapi::Time>)]
+    created_to: Option<()>,
+    #[param(minimum = 1, maximum = 200, default = 50)]
+    limit: Option<u32>,
+    /// From the `Link` of the page before
+    cursor: Option<String>,
+}
+
+/// Orders, newest first, a page at a time
+#[utoipa::path(
+    get, path = "/orders", tag = "orders",
+    params(OfAll, ListQuery),
+    responses(
+        (status = 200, description = "A page; `Link: <…>; rel=\"next\"` is the next one, if there is more",
+            body = Vec<Order>),
+        openapi::Malformed, openapi::NotFound, openapi::BadQuery, openapi::Refused,
+    )
+)]
 pub(super) async fn all(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -41,6 +90,16 @@ pub(super) async fn all(
     respond(&app, &caller, &uri, &pairs, asked).await
 }
 
+/// Orders of one user, newest first, a page at a time
+#[utoipa::path(
+    get, path = "/users/{user_id}/orders", tag = "orders",
+    params(("user_id" = String, Path), ListQuery),
+    responses(
+        (status = 200, description = "A page; `Link: <…>; rel=\"next\"` is the next one, if there is more",
+            body = Vec<Order>),
+        openapi::Malformed, openapi::NotFound, openapi::BadQuery, openapi::Refused,
+    )
+)]
 pub(super) async fn of_user(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -92,14 +151,20 @@ async fn find(app: &App, asked: &Asked) -> Result<Page, Problem> {
             from: asked.from,
             before: asked.before,
         };
-        return Ok(list::orders(db, &filter, asked.limit).await?);
+        let page = async { list::orders(db, &filter, asked.limit).await.map(Some) };
+        let page = match &asked.user_id {
+            // What is asked for most, and therefore kept.
+            Some(user_id) if asked.is_first_page() => app.orders.cache.through(Key::List(user_id), page).await?,
+            _ => page.await?,
+        };
+        return page.ok_or(Problem::Internal);
     };
     let Some(user_id) = &asked.user_id else {
         let reason = "goes with user_id: it is unique among one user's orders only";
         return Err(Problem::Invalid(vec![Violation::new("/external_id", reason)]));
     };
     let found = read::order_by_external(db, user_id, external_id).await?;
-    let is_meant = |order: &read::Order| {
+    let is_meant = |order: &Order| {
         asked.status.as_ref().is_none_or(|status| *status == order.status)
             && asked.lifecycle.as_ref().is_none_or(|lifecycle| *lifecycle == order.lifecycle)
             && order.created_at >= asked.from
@@ -161,6 +226,13 @@ impl Asked {
         let end = Place { created_at: time(to), order_id: Uuid::nil() };
         asked.before = cursor.map_or(end, |cursor: Place| cursor.min(end));
         if violations.is_empty() { Ok(asked) } else { Err(Problem::Invalid(violations)) }
+    }
+
+    /// Is it nothing but a user's newest orders?
+    fn is_first_page(&self) -> bool {
+        let is_unfiltered = self.status.is_none() && self.lifecycle.is_none() && self.external_id.is_none();
+        let is_all = self.from == time(*TIMES.start()) && self.before.created_at == time(*TIMES.end());
+        is_unfiltered && is_all && self.limit == DEFAULT_LIMIT
     }
 }
 

@@ -1,9 +1,13 @@
 //! The HTTP API: routes, limits, and what is the same for every request.
 
+#![allow(unused_qualifications, reason = "what the macros of utoipa write")]
+
 pub(crate) mod admin;
+pub(crate) mod bulk;
 pub(crate) mod conditions;
 pub(crate) mod headers;
 mod lists;
+pub(crate) mod openapi;
 mod operations;
 pub(crate) mod orders;
 pub(crate) mod prefer;
@@ -16,10 +20,10 @@ use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duratio
 
 use axum::{
     Router,
-    extract::Request,
+    extract::{Path, Request},
     http::{Extensions, HeaderMap},
-    response::{IntoResponse as _, Response},
-    routing::{get, post, put},
+    response::{IntoResponse as _, Redirect, Response},
+    routing::get,
 };
 use futures_util::FutureExt as _;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -27,6 +31,8 @@ use shared::server::{self, Peer};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower::{ServiceBuilder, ServiceExt as _};
+use utoipa::OpenApi as _;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     error::Problem,
@@ -38,6 +44,7 @@ use crate::{
 };
 
 use headers::Origins;
+use openapi::{Document, Documents};
 pub(crate) use retail::Retail;
 
 /// A body that has not arrived by then is not waited for.
@@ -60,6 +67,7 @@ pub(crate) struct AppState {
     pub max_body_bytes: usize,
     /// KiB that are left for bodies being read.
     pub body_room: Arc<Semaphore>,
+    pub bulk_places: bulk::Places,
     pub metrics: PrometheusHandle,
     /// Ready, unless something is away.
     pub started: CancellationToken,
@@ -68,7 +76,11 @@ pub(crate) struct AppState {
 }
 
 /// What is for everybody; for all other paths one has to be somebody.
-const OPEN: [&str; 3] = ["/health", "/ready", "/metrics"];
+const OPEN: [&str; 5] = ["/health", "/ready", "/metrics", "/openapi.json", "/docs"];
+
+fn is_open(path: &str) -> bool {
+    OPEN.contains(&path) || path.starts_with("/docs/")
+}
 
 /// The routes, with what every request meets around them. That is one future: as layers of the
 /// router, each would be boxed and copied by itself, which took 6 µs of every order.
@@ -79,21 +91,41 @@ pub(crate) fn service(app: App) -> impl server::App {
     ServiceBuilder::new().option_layer(cors).service(answered)
 }
 
-fn router(app: App) -> Router {
-    Router::new()
-        .route("/orders", post(orders::submit).get(lists::all))
-        .route("/users/{user_id}/orders", get(lists::of_user))
-        .route("/orders/by-external/{external_id}", get(reads::by_external))
-        .route("/orders/{order_id}", get(reads::order))
-        .route("/orders/{order_id}/history", get(reads::history))
-        .route("/orders/{order_id}/watch", get(watch::watch))
-        .route("/orders/{order_id}/requests/{correlation_id}", get(reads::request))
-        .route("/orders/{order_id}/status", put(status::set).patch(status::set))
-        .route("/orders/{order_id}/cancel", post(status::cancel))
-        .route("/health", get(operations::health))
-        .route("/ready", get(operations::ready))
-        .route("/metrics", get(operations::metrics))
+/// The routes, and the document of those that are the API.
+fn documented() -> (Router<App>, utoipa::openapi::OpenApi) {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(orders::submit, lists::all))
+        .routes(routes!(bulk::submit))
+        .routes(routes!(lists::of_user))
+        .routes(routes!(reads::by_external))
+        .routes(routes!(reads::order))
+        .routes(routes!(reads::history))
+        .routes(routes!(watch::watch))
+        .routes(routes!(reads::request))
+        .routes(routes!(status::set))
+        .routes(routes!(status::cancel))
+        .routes(routes!(operations::health))
+        .routes(routes!(operations::ready))
+        .routes(routes!(operations::metrics))
         .nest(retail::PREFIX, retail::router())
+        .split_for_parts()
+}
+
+fn router(app: App) -> Router {
+    let (router, document) = documented();
+    let documents = Documents::new(&document);
+    let (document, pages) = (documents.clone(), documents);
+    router
+        .route("/openapi.json", get(async move || document.document()))
+        .route("/docs", get(async || Redirect::permanent("docs/")))
+        .route(
+            "/docs/",
+            get({
+                let pages = pages.clone();
+                async move || pages.page(None)
+            }),
+        )
+        .route("/docs/{*file}", get(async move |file: Path<String>| pages.page(Some(file))))
         .fallback(|| async { Problem::UnknownRoute })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
         .with_state(app)
@@ -117,7 +149,7 @@ async fn answer(app: App, router: Router, request: Request) -> Result<Response, 
 /// Lets in whom we know, as often as that one may, and tells the handlers who it is.
 async fn admit(app: App, router: Router, mut request: Request) -> Response {
     let mut limited = None;
-    if !OPEN.contains(&request.uri().path()) {
+    if !is_open(request.uri().path()) {
         let (caller, verdict) = match who_asks(&app, request.headers(), request.extensions()) {
             Ok(known) => known,
             Err(problem) => return problem.into_response(),

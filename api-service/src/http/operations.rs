@@ -6,15 +6,35 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use shared::db::writable;
+use utoipa::ToSchema;
 
-use super::App;
+use super::{App, openapi::ProblemDetails};
 use crate::error::Problem;
 
+/// Is the process alive?
+#[utoipa::path(
+    get, path = "/health", tag = "operation", security(()),
+    responses((status = 200, description = "It is", body = Wellbeing))
+)]
 pub(super) async fn health() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], r#"{"status":"ok"}"#).into_response()
 }
 
-/// Can this process store an order? Kafka may be away: the outbox waits for it.
+/// `ok`, or `ready`.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what is sent as text")]
+struct Wellbeing {
+    status: String,
+}
+
+/// Can this process store an order? Kafka may be away: the outbox waits for it
+#[utoipa::path(
+    get, path = "/ready", tag = "operation", security(()),
+    responses(
+        (status = 200, description = "It can", body = Wellbeing),
+        (status = 503, description = "It cannot now", body = ProblemDetails, content_type = "application/problem+json"),
+    )
+)]
 pub(super) async fn ready(State(app): State<App>) -> Response {
     check(&app).await.unwrap_or_else(Problem::render)
 }
@@ -34,6 +54,11 @@ async fn check(app: &App) -> Result<Response, Problem> {
     }
 }
 
+/// What the process has done (Prometheus)
+#[utoipa::path(
+    get, path = "/metrics", tag = "operation", security(()),
+    responses((status = 200, description = "Metrics", body = String, content_type = "text/plain"))
+)]
 pub(super) async fn metrics(State(app): State<App>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render()).into_response()
 }

@@ -20,11 +20,13 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, timeout},
 };
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
     App, BODY_TIMEOUT,
     conditions::{IDEMPOTENCY_REPLAYED, claim_of_upsert, if_match},
+    openapi::{self, Amount, OrderRequest},
     prefer::{PREFERENCE_APPLIED, Preference, preference},
 };
 use crate::{
@@ -36,10 +38,27 @@ use crate::{
 
 /// Of a body that is too large, so much is read and thrown away before the answer: a client that
 /// is still sending would otherwise see its connection reset instead.
-const DRAIN_LIMIT: usize = 32 * 1024 * 1024;
+pub(super) const DRAIN_LIMIT: usize = 32 * 1024 * 1024;
 /// A trace header longer than this is not one (W3C Trace Context: 55 and 512 characters).
 const MAX_TRACE_HEADER: usize = 1024;
 
+/// Create, change or delete an order
+///
+/// Without an `order_id` a new one; with it a change, or with `"status":"deleted"` its end. Waits for the
+/// worker as `Prefer` says.
+#[utoipa::path(
+    post, path = "/orders", tag = "orders",
+    params(openapi::Conditions),
+    request_body(content = OrderRequest),
+    responses(
+        (status = 201, description = "Created; handled by the worker, unless nobody waited", body = Answer,
+            headers(("Location" = String), ("ETag" = String))),
+        (status = 200, description = "Changed, deleted, or created before", body = Answer, headers(("ETag" = String))),
+        (status = 202, description = "Stored, and not yet handled by the worker: no error", body = Answer,
+            headers(("Location" = String), ("Retry-After" = u64), ("ETag" = String))),
+        openapi::BadBody, openapi::BadChange, openapi::Malformed, openapi::NotFound, openapi::Refused,
+    )
+)]
 pub(super) async fn submit(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -156,13 +175,17 @@ pub(crate) fn trace(headers: &HeaderMap) -> Headers {
     trace
 }
 
-#[derive(Serialize)]
+/// `status` and `version` are this request's own, `order_status` and `order_version` the order's as the
+/// worker left it.
+#[derive(Serialize, ToSchema)]
+#[schema(as = OrderAnswer)]
 struct Answer<'a> {
     order_id: Uuid,
     status: &'a str,
     version: i64,
     order_status: &'a str,
     order_version: i64,
+    #[schema(value_type = Option<Amount>)]
     amount: Option<Money>,
     currency: Option<&'a str>,
     correlation_id: Uuid,

@@ -8,22 +8,37 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use shared::{message::AckStatus, order::Violation};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::App;
+use super::{App, openapi};
 use crate::{
     error::Problem,
     identity::Caller,
-    store::read::{self, Order},
+    orders::Orders,
+    store::read::{self, HistoryRow, Order},
 };
 
+/// One order
+#[utoipa::path(
+    get, path = "/orders/{order_id}", tag = "orders",
+    params(
+        ("order_id" = Uuid, Path),
+        ("If-None-Match" = Option<String>, Header, description = "The `ETag` that the caller has already"),
+    ),
+    responses(
+        (status = 200, description = "The order", body = Order, headers(("ETag" = String))),
+        (status = 304, description = "The caller has it already", headers(("ETag" = String))),
+        openapi::Malformed, openapi::NotFound, openapi::Refused,
+    )
+)]
 pub(super) async fn order(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    Ok(render(&visible_order(&app, &caller, path).await?, &headers))
+    Ok(render(&find(&app, &caller, &text(path)?).await?, &headers))
 }
 
 #[derive(Deserialize)]
@@ -31,6 +46,20 @@ pub(super) struct ByExternal {
     user_id: Option<String>,
 }
 
+/// The order that has the marketplace's own id
+#[utoipa::path(
+    get, path = "/orders/by-external/{external_id}", tag = "orders",
+    params(
+        ("external_id" = String, Path),
+        ("user_id" = Option<String>, Query, description = "Whose order it is; by default the caller's"),
+        ("If-None-Match" = Option<String>, Header, description = "The `ETag` that the caller has already"),
+    ),
+    responses(
+        (status = 200, description = "The order", body = Order, headers(("ETag" = String))),
+        (status = 304, description = "The caller has it already", headers(("ETag" = String))),
+        openapi::Malformed, openapi::NotFound, openapi::BadQuery, openapi::Refused,
+    )
+)]
 pub(super) async fn by_external(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -59,6 +88,15 @@ pub(crate) async fn find_by_external(
     read::order_by_external(&app.orders.db, user_id, external_id).await?.ok_or(Problem::UnknownOrder)
 }
 
+/// All that happened to an order
+#[utoipa::path(
+    get, path = "/orders/{order_id}/history", tag = "orders",
+    params(("order_id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "Its versions, from 1 without a gap, and what was ignored", body = Vec<HistoryRow>),
+        openapi::Malformed, openapi::NotFound, openapi::Refused,
+    )
+)]
 pub(super) async fn history(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -68,10 +106,12 @@ pub(super) async fn history(
     Ok(json(&read::history(&app.orders.db, order.order_id).await?).into_response())
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = RequestState)]
 struct Request {
     correlation_id: Uuid,
     order_id: Uuid,
+    #[schema(pattern = "^(pending|done|refused)$")]
     state: &'static str,
     version: i64,
     order_status: String,
@@ -80,6 +120,15 @@ struct Request {
     superseded_by: Option<i64>,
 }
 
+/// What became of a request; any replica knows
+#[utoipa::path(
+    get, path = "/orders/{order_id}/requests/{correlation_id}", tag = "orders",
+    params(("order_id" = Uuid, Path), ("correlation_id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "Whether it is handled, and what came of it", body = Request),
+        openapi::Malformed, openapi::NotFound, openapi::Refused,
+    )
+)]
 pub(super) async fn request(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -120,14 +169,20 @@ pub(super) async fn visible_order(
     caller: &Caller,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Order, Problem> {
-    find(app, caller, &text(path)?).await
+    let order_id = uuid(&text(path)?, "the order id")?;
+    seen(caller, app.orders.order(order_id).await?)
 }
 
-/// The order of this id, if there is one and the caller may see it.
+/// The order of this id, if there is one and the caller may see it; perhaps as it was kept a moment
+/// ago.
 pub(crate) async fn find(app: &App, caller: &Caller, order_id: &str) -> Result<Order, Problem> {
     let order_id = uuid(order_id, "the order id")?;
-    let order = app.orders.order(order_id).await?.ok_or(Problem::UnknownOrder)?;
-    if caller.sees(&order.user_id) { Ok(order) } else { Err(Problem::UnknownOrder) }
+    let Orders { cache, db, .. } = &app.orders;
+    seen(caller, read::order_kept(cache, db, order_id).await?)
+}
+
+fn seen(caller: &Caller, order: Option<Order>) -> Result<Order, Problem> {
+    order.filter(|order| caller.sees(&order.user_id)).ok_or(Problem::UnknownOrder)
 }
 
 pub(super) fn text(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {

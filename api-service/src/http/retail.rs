@@ -2,27 +2,30 @@
 //! is what the others do; here it is read and said otherwise.
 
 use axum::{
-    Extension, Router,
+    Extension,
     extract::{Path, Query, Request, State, rejection::PathRejection, rejection::QueryRejection},
     http::{HeaderMap, HeaderName, HeaderValue, header},
     response::{IntoResponse, Response},
-    routing::{get, patch, post},
 };
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 use shared::{
+    cache::Key,
     money::Money,
     order::{Unknown, Violation, parse_items, total},
 };
 use time::OffsetDateTime;
 use tokio::time::Instant;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{
     App,
+    openapi::{self, Amount, RetailOrderRequest, Time},
     orders::{answer_with, check_content_type, conditions, read_body},
     prefer::PREFERENCE_APPLIED,
-    reads::{etag, json, text, visible_order},
+    reads::{etag, find, json, text},
     status,
 };
 use crate::{
@@ -60,13 +63,13 @@ impl Retail {
 /// Where all of this is.
 pub(super) const PREFIX: &str = "/api";
 
-pub(super) fn router() -> Router<App> {
-    Router::new()
-        .route("/orders", post(create).get(list))
-        .route("/orders/{order_id}", get(order))
-        .route("/orders/{order_id}/status", patch(set_status))
-        .route("/orders/{order_id}/cancel", post(cancel))
-        .route("/users/{user_id}/orders", get(of_user))
+pub(super) fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(create, list))
+        .routes(routes!(order))
+        .routes(routes!(set_status))
+        .routes(routes!(cancel))
+        .routes(routes!(of_user))
 }
 
 /// In what an answer is sent: every refusal in this API's words, and the request's own id.
@@ -100,8 +103,9 @@ impl Envelope {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Success<T> {
+    #[schema(pattern = "^success$")]
     status: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     message: Option<&'static str>,
@@ -121,6 +125,21 @@ impl<T> Success<T> {
     }
 }
 
+/// Create an order
+#[utoipa::path(
+    post, path = "/orders", tag = "retail",
+    params(openapi::Conditions),
+    request_body(content = RetailOrderRequest),
+    responses(
+        (status = 201, description = "Created", body = Success<RetailOrder>,
+            headers(("Location" = String), ("ETag" = String))),
+        (status = 200, description = "Changed, deleted, or created before", body = Success<RetailOrder>,
+            headers(("ETag" = String))),
+        (status = 202, description = "Stored, and not yet handled by the worker", body = Success<RetailOrder>,
+            headers(("Location" = String), ("ETag" = String), ("Retry-After" = String))),
+        openapi::RetailBadBody, openapi::RetailBadChange, openapi::RetailMalformed, openapi::RetailNotFound, openapi::RetailRefused,
+    )
+)]
 async fn create(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -169,16 +188,35 @@ async fn shown(app: &App, done: &Done) -> Data {
     }
 }
 
+/// One order
+#[utoipa::path(
+    get, path = "/orders/{order_id}", tag = "retail",
+    params(("order_id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "The order", body = Success<RetailOrder>, headers(("ETag" = String))),
+        openapi::RetailMalformed, openapi::RetailNotFound, openapi::RetailRefused,
+    )
+)]
 async fn order(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Response, Problem> {
-    let order = visible_order(&app, &caller, path).await?;
+    let order = find(&app, &caller, &text(path)?).await?;
     let tag = [(header::ETAG, etag(order.version))];
     Ok((tag, json(&Success::of(Shown::from(order)))).into_response())
 }
 
+/// Put an order in another state, where its lifecycle allows that
+#[utoipa::path(
+    patch, path = "/orders/{order_id}/status", tag = "retail",
+    params(("order_id" = String, Path), openapi::Moves),
+    request_body = status::NewStatus,
+    responses(
+        (status = 200, description = "It is in that state", body = Success<RetailOrder>, headers(("ETag" = String))),
+        openapi::RetailBadBody, openapi::RetailBadChange, openapi::RetailNotAllowed, openapi::RetailMalformed, openapi::RetailNotFound, openapi::RetailRefused,
+    )
+)]
 async fn set_status(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -189,6 +227,15 @@ async fn set_status(
     Ok(moved(&done, "Order status updated successfully"))
 }
 
+/// Cancel an order
+#[utoipa::path(
+    post, path = "/orders/{order_id}/cancel", tag = "retail",
+    params(("order_id" = String, Path), openapi::Moves),
+    responses(
+        (status = 200, description = "It is cancelled", body = Success<RetailOrder>, headers(("ETag" = String))),
+        openapi::RetailBadChange, openapi::RetailMalformed, openapi::RetailNotFound, openapi::RetailRefused,
+    )
+)]
 async fn cancel(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -203,6 +250,15 @@ fn moved(done: &Done, message: &'static str) -> Response {
     status::answer_with(done, json(&Success::<()>::saying(message)))
 }
 
+/// Orders, newest first, by pages
+#[utoipa::path(
+    get, path = "/orders", tag = "retail",
+    params(Asked),
+    responses(
+        (status = 200, description = "A page", body = Success<Vec<RetailOrder>>),
+        openapi::RetailMalformed, openapi::RetailBadQuery, openapi::RetailRefused,
+    )
+)]
 async fn list(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -217,6 +273,15 @@ async fn list(
     }
 }
 
+/// Orders of one user, newest first, by pages
+#[utoipa::path(
+    get, path = "/users/{user_id}/orders", tag = "retail",
+    params(("user_id" = String, Path), Asked),
+    responses(
+        (status = 200, description = "A page", body = Success<Vec<RetailOrder>>),
+        openapi::RetailMalformed, openapi::RetailNotFound, openapi::RetailBadQuery, openapi::RetailRefused,
+    )
+)]
 async fn of_user(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -236,12 +301,20 @@ async fn users_page(
     query: Result<Query<Asked>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let turned = Turned::to(query, pages::DEPTH_OF_USER)?;
-    Ok(turned.render(pages::of_user(&app.orders.db, user_id, turned.size, turned.offset()).await?))
+    let page = async { pages::of_user(&app.orders.db, user_id, turned.size, turned.offset()).await.map(Some) };
+    let page = match turned {
+        Turned::FIRST => app.orders.cache.through(Key::Page(user_id), page).await?,
+        _ => page.await?,
+    };
+    Ok(turned.render(page.ok_or(Problem::Internal)?))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Asked {
+    #[param(value_type = Option<u32>, minimum = 1, default = 1)]
     page: Option<String>,
+    #[param(value_type = Option<u32>, minimum = 1, maximum = 100, default = 10)]
     page_size: Option<String>,
 }
 
@@ -253,6 +326,9 @@ struct Turned {
 }
 
 impl Turned {
+    /// What is asked for most, and therefore kept.
+    const FIRST: Self = Self { page: 1, size: PAGE_SIZE };
+
     fn to(query: Result<Query<Asked>, QueryRejection>, depth: i64) -> Result<Self, Problem> {
         let Query(asked) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
         let mut violations = Vec::new();
@@ -287,7 +363,7 @@ impl Turned {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Pagination {
     page: i64,
     page_size: i64,
@@ -320,34 +396,41 @@ impl From<Order> for Shown {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = RetailItem)]
 struct ShownItem<'a> {
     /// Made of the order's id and the item's place in it.
     id: Uuid,
     product_id: &'a str,
     quantity: u32,
+    #[schema(value_type = Amount)]
     unit_price: Money,
+    #[schema(value_type = Option<Amount>)]
     subtotal: Option<Money>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct RetailOrder<'a> {
+    id: Uuid,
+    user_id: &'a str,
+    status: &'a str,
+    #[schema(value_type = Option<Amount>)]
+    total_amount: Option<Money>,
+    currency: Option<&'a str>,
+    shipping_address: Option<&'a str>,
+    billing_address: Option<&'a str>,
+    notes: Option<&'a str>,
+    order_items: Vec<ShownItem<'a>>,
+    #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = Time)]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = Time)]
+    updated_at: OffsetDateTime,
 }
 
 impl Serialize for Shown {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        #[derive(Serialize)]
-        struct Fields<'a> {
-            id: Uuid,
-            user_id: &'a str,
-            status: &'a str,
-            total_amount: Option<Money>,
-            currency: Option<&'a str>,
-            shipping_address: Option<&'a str>,
-            billing_address: Option<&'a str>,
-            notes: Option<&'a str>,
-            order_items: Vec<ShownItem<'a>>,
-            #[serde(with = "time::serde::rfc3339")]
-            created_at: OffsetDateTime,
-            #[serde(with = "time::serde::rfc3339")]
-            updated_at: OffsetDateTime,
-        }
         let Self(order) = self;
         // What cannot be read as items was refused, and is none of this API's making.
         let items = order.items.as_deref().and_then(|raw| parse_items(raw, "/items", Unknown::Ignore).ok());
@@ -359,7 +442,7 @@ impl Serialize for Shown {
             unit_price: item.unit_price,
             subtotal: item.unit_price.times(item.quantity),
         });
-        Fields {
+        RetailOrder {
             id: order.order_id,
             user_id: &order.user_id,
             status: &order.status,

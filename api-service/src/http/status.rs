@@ -9,11 +9,13 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use shared::order::{MAX_ID, Violation, order_id_of};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
     App,
     conditions::{IDEMPOTENCY_REPLAYED, claim_of_move, if_match},
+    openapi,
     orders::{check_content_type, read_body, trace},
     reads::{etag, json},
 };
@@ -25,12 +27,22 @@ use crate::{
     writer::{Destination, Move},
 };
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct NewStatus {
+pub(super) struct NewStatus {
     status: String,
 }
 
+/// Put an order in another state, where its lifecycle allows that
+#[utoipa::path(
+    method(put, patch), path = "/orders/{order_id}/status", tag = "orders",
+    params(("order_id" = String, Path, description = "A UUID, or any text that stands for one"), openapi::Moves),
+    request_body = NewStatus,
+    responses(
+        (status = 200, description = "It is in that state", body = Answer, headers(("ETag" = String))),
+        openapi::BadBody, openapi::BadChange, openapi::NotAllowed, openapi::Malformed, openapi::NotFound, openapi::Refused,
+    )
+)]
 pub(super) async fn set(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -41,6 +53,15 @@ pub(super) async fn set(
     Ok(render(&id, &done))
 }
 
+/// Cancel an order
+#[utoipa::path(
+    post, path = "/orders/{order_id}/cancel", tag = "orders",
+    params(("order_id" = String, Path, description = "A UUID, or any text that stands for one"), openapi::Moves),
+    responses(
+        (status = 200, description = "It is cancelled", body = Answer, headers(("ETag" = String))),
+        openapi::BadChange, openapi::Malformed, openapi::NotFound, openapi::Refused,
+    )
+)]
 pub(super) async fn cancel(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -124,7 +145,8 @@ async fn relocate(
     Ok((id, app.orders.relocate(change, conditions).await?))
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = MoveAnswer)]
 struct Answer<'a> {
     /// As it was asked for.
     #[serde(rename = "orderId")]

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use shared::order::Violation;
 use tokio::time::timeout;
 
-use super::{App, reads::visible_order};
+use super::{App, openapi, reads::visible_order};
 use crate::{error::Problem, identity::Caller, watch::Watch};
 
 /// A sign of life for proxies and clients that give up on what is silent.
@@ -32,6 +32,22 @@ pub(super) struct Since {
     last_event_id: Option<String>,
 }
 
+/// What happens to an order from now on, as server-sent events
+///
+/// Each event is a line of the history; `id` is its version. After a final state the stream ends.
+#[utoipa::path(
+    get, path = "/orders/{order_id}/watch", tag = "orders",
+    params(
+        ("order_id" = Uuid, Path),
+        ("Last-Event-ID" = Option<i64>, Header, nullable = false, minimum = 0, description = "Begin behind this version"),
+        ("last_event_id" = Option<i64>, Query, nullable = false, minimum = 0, description = "The same, for tools that cannot set the header"),
+    ),
+    responses(
+        (status = 200, description = "Events", body = openapi::WatchEvent, content_type = "text/event-stream"),
+        (status = 204, description = "There is nothing more to come"),
+        openapi::Malformed, openapi::NotFound, openapi::BadQuery, openapi::Refused,
+    )
+)]
 pub(super) async fn watch(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -42,7 +58,9 @@ pub(super) async fn watch(
     let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
     // The header comes from a client that has come back, to the same URL as before.
     let last = headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-    let last = last.or(query.last_event_id).map(|text| version(&text)).transpose()?;
+    let known = |text: Option<String>| text.map(|text| version(&text)).transpose();
+    let (last, asked) = (known(last)?, known(query.last_event_id)?);
+    let last = last.or(asked);
     let order = visible_order(&app, &caller, path).await?;
     if last.is_some_and(|last| last >= order.version) && app.watchers.is_final(&order.lifecycle, &order.status) {
         // To an EventSource this means: do not come back.

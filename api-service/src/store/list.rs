@@ -2,6 +2,7 @@
 //! merged): what it costs depends on the page, not on how many orders there are or how far down it is.
 
 use futures_util::{TryStreamExt as _, pin_mut};
+use serde::{Deserialize, Serialize};
 use shared::db::{Db, DbError};
 use time::OffsetDateTime;
 use tokio_postgres::types::ToSql;
@@ -32,7 +33,7 @@ pub(crate) struct Place {
     pub order_id: Uuid,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Deserialize, Serialize)]
 pub(crate) struct Page {
     pub orders: Vec<Order>,
     /// Are there more behind the last of these?

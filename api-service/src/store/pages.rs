@@ -1,5 +1,6 @@
 //! Orders by pages, newest first, and how many there are.
 
+use serde::{Deserialize, Serialize};
 use shared::db::{Db, DbError};
 use tokio_postgres::Row;
 
@@ -23,6 +24,7 @@ pub(crate) const DEPTH_OF_ALL: i64 = depth_of_all!();
 pub(crate) const DEPTH_OF_USER: i64 = depth_of_user!();
 
 /// Some orders, and how many there are to turn over.
+#[derive(Deserialize, Serialize)]
 pub(crate) struct Page {
     pub orders: Vec<Order>,
     pub total: i64,

@@ -1,22 +1,27 @@
 //! Reads orders, their history, and what became of a request.
 
+use std::collections::HashMap;
+
 use rust_decimal::Decimal;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use shared::{
+    cache::{Cache, Key},
     db::{Connection, Db, DbError},
     message::Answer,
     money::Money,
-    order::PayloadFields,
+    order::{PayloadFields, Unknown, parse_items},
 };
 use time::OffsetDateTime;
 use tokio_postgres::{Row, types::ToSql};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::json;
+use crate::http::openapi::{Amount, AnyObject, Item, Time};
 
 /// An order as it reads.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 pub(crate) struct Order {
     pub order_id: Uuid,
     pub id: Uuid,
@@ -24,9 +29,12 @@ pub(crate) struct Order {
     pub external_id: Option<String>,
     pub lifecycle: String,
     pub status: String,
+    #[schema(value_type = Option<Amount>)]
     pub amount: Option<Money>,
     pub currency: Option<String>,
+    #[schema(value_type = Option<Vec<Item>>)]
     pub items: Option<Box<RawValue>>,
+    #[schema(value_type = Option<AnyObject>)]
     pub payload: Option<Box<RawValue>>,
     pub shipping_address: Option<String>,
     pub billing_address: Option<String>,
@@ -36,8 +44,10 @@ pub(crate) struct Order {
     /// PostgreSQL's own hash partition, 0 to 3.
     pub bucket: i32,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = Time)]
     pub created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = Time)]
     pub updated_at: OffsetDateTime,
 }
 
@@ -54,7 +64,7 @@ impl Order {
 }
 
 /// One line of an order's history.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct HistoryRow {
     pub version: i64,
     pub from: Option<String>,
@@ -63,6 +73,7 @@ pub(crate) struct HistoryRow {
     pub cause: String,
     pub ignored: bool,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = Time)]
     pub at: OffsetDateTime,
 }
 
@@ -121,6 +132,11 @@ pub(crate) async fn order(db: &Db, order_id: Uuid) -> Result<Option<Order>, DbEr
     Ok(query(db, BY_ID, &[&order_id]).await?.first().map(order_of))
 }
 
+/// The same, perhaps as it was kept a moment ago.
+pub(crate) async fn order_kept(cache: &Cache, db: &Db, order_id: Uuid) -> Result<Option<Order>, DbError> {
+    cache.through(Key::Order(order_id), order(db, order_id)).await
+}
+
 /// The order that has this external id of this user now, deleted or not.
 pub(crate) async fn order_by_external(db: &Db, user_id: &str, external_id: &str) -> Result<Option<Order>, DbError> {
     Ok(query(db, BY_EXTERNAL, &[&user_id, &external_id]).await?.first().map(order_of))
@@ -165,12 +181,33 @@ pub(crate) async fn reference(
         join order_events e on e.order_id = r.order_id and e.version = 1 and e.type = 'order.created'
         where r.user_id = $1 and r.external_id = $2";
     let rows = query_on(connection, SQL, &[&user_id, &external_id]).await?;
-    Ok(rows.first().map(|row| Reference {
+    Ok(rows.first().map(reference_of))
+}
+
+/// The same of many at once: those that are taken, each by its place in what was asked for.
+pub(crate) async fn references(
+    connection: &Connection,
+    ids: &[(&str, &str)],
+) -> Result<HashMap<usize, Reference>, DbError> {
+    const SQL: &str = "
+        select i.place, r.order_id, r.fingerprint, o.status = 'deleted' as deleted, e.correlation_id
+        from unnest($1::text[], $2::text[]) with ordinality as i(user_id, external_id, place)
+        join order_refs r on r.user_id = i.user_id and r.external_id = i.external_id
+        join orders o on o.order_id = r.order_id
+        join order_events e on e.order_id = r.order_id and e.version = 1 and e.type = 'order.created'";
+    let (users, externals): (Vec<&str>, Vec<&str>) = ids.iter().copied().unzip();
+    let rows = query_on(connection, SQL, &[&users, &externals]).await?;
+    let place = |row: &Row| usize::try_from(row.get::<_, i64>("place") - 1).unwrap_or_default();
+    Ok(rows.iter().map(|row| (place(row), reference_of(row))).collect())
+}
+
+fn reference_of(row: &Row) -> Reference {
+    Reference {
         order_id: row.get("order_id"),
         fingerprint: row.get("fingerprint"),
         deleted: row.get("deleted"),
         correlation_id: row.get("correlation_id"),
-    }))
+    }
 }
 
 pub(super) fn history_row(row: &Row) -> HistoryRow {
@@ -188,8 +225,11 @@ pub(super) fn history_row(row: &Row) -> HistoryRow {
 pub(super) fn order_of(row: &Row) -> Order {
     let order_id = row.get("order_id");
     let payload = json(row, "payload");
-    // Items that came inside the payload are stored once, there.
-    let of_payload = || PayloadFields::of(payload.as_deref()?).ok()?.items.map(ToOwned::to_owned);
+    // Items that came inside the payload are stored once, there; perhaps the worker refuses them.
+    let of_payload = || {
+        let items = PayloadFields::of(payload.as_deref()?).ok()?.items?;
+        parse_items(items, "", Unknown::Ignore).is_ok().then(|| items.to_owned())
+    };
     Order {
         order_id,
         id: order_id,

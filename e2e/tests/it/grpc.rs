@@ -1,5 +1,8 @@
 //! gRPC beside HTTP, with a client made from the same `proto/`.
 
+mod metadata;
+pub(crate) mod reflection;
+
 use std::time::Duration;
 
 use proto::order::{
@@ -20,12 +23,12 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_reflection::pb::v1::{
     ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
-    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    server_reflection_request::MessageRequest,
 };
 use tonic_types::StatusExt as _;
 
 #[allow(unused_qualifications, clippy::all)]
-mod proto {
+pub(crate) mod proto {
     pub mod order {
         tonic::include_proto!("order");
     }
@@ -44,12 +47,8 @@ mod proto {
 }
 
 const NOBODYS_ORDER: &str = "0198f2a0-0000-7000-8000-000000000001";
-/// Signed with `SECRET`, until the year 2100.
-const SECRET: &str = "a secret of thirty-two characters";
-const TOKEN_OF_ALICE: &str = "eyJhbGciOiAiSFMyNTYiLCAidHlwIjogIkpXVCJ9.eyJzdWIiOiAiYWxpY2UiLCAiZXhwIjogNDEwMjQ0NDgwMH0.tOUGatwTRUgCGT3wU3RBeWYjyUYtamkdsM_6mPrLgog";
-const TOKEN_OF_BOB: &str = "eyJhbGciOiAiSFMyNTYiLCAidHlwIjogIkpXVCJ9.eyJzdWIiOiAiYm9iIiwgImV4cCI6IDQxMDI0NDQ4MDB9.ojqRFS5ki-RJ72aYjwZJh6a2r8eXMFTk-HjDtxUKWW0";
 
-async fn channel(api: &Api) -> Channel {
+pub(crate) async fn channel(api: &Api) -> Channel {
     let address = format!("http://{}", api.grpc_address());
     Channel::from_shared(address).expect("an address").connect().await.expect("a connection")
 }
@@ -62,7 +61,7 @@ async fn saga(api: &Api) -> OrderServiceClient<Channel> {
     OrderServiceClient::new(channel(api).await)
 }
 
-fn with<T>(message: T, metadata: &[(&'static str, &str)]) -> Request<T> {
+pub(crate) fn with<T>(message: T, metadata: &[(&'static str, &str)]) -> Request<T> {
     let mut request = Request::new(message);
     for (name, value) in metadata {
         request.metadata_mut().insert(*name, value.parse().expect("metadata"));
@@ -70,16 +69,16 @@ fn with<T>(message: T, metadata: &[(&'static str, &str)]) -> Request<T> {
     request
 }
 
-fn upsert(order_id: &str, user_id: &str, status: &str, payload: &Value) -> UpsertOrderRequest {
+pub(crate) fn upsert(order_id: &str, user_id: &str, status: &str, payload: &Value) -> UpsertOrderRequest {
     let payload_json = if payload.is_null() { String::new() } else { payload.to_string() };
     UpsertOrderRequest { order_id: order_id.into(), user_id: user_id.into(), status: status.into(), payload_json }
 }
 
-fn by_id(order_id: &str) -> GetOrderByIdRequest {
+pub(crate) fn by_id(order_id: &str) -> GetOrderByIdRequest {
     GetOrderByIdRequest { order_id: order_id.into() }
 }
 
-fn create(user_id: &str, items: &[(&str, i32, f64)]) -> CreateOrderRequest {
+pub(crate) fn create(user_id: &str, items: &[(&str, i32, f64)]) -> CreateOrderRequest {
     let item = |&(product_id, quantity, price): &(&str, i32, f64)| OrderItem {
         product_id: product_id.into(),
         quantity,
@@ -89,19 +88,23 @@ fn create(user_id: &str, items: &[(&str, i32, f64)]) -> CreateOrderRequest {
 }
 
 #[track_caller]
-fn said<'a, T>(response: &'a Response<T>, name: &str) -> &'a str {
+pub(crate) fn said<'a, T>(response: &'a Response<T>, name: &str) -> &'a str {
     let value = response.metadata().get(name).unwrap_or_else(|| panic!("no {name} in {:?}", response.metadata()));
     value.to_str().expect("text")
 }
 
 /// Code, reason and broken fields.
 #[track_caller]
-fn refused<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String, Vec<String>) {
+pub(crate) fn refused<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String, Vec<String>) {
     let status = result.expect_err("a refusal");
     let details = status.get_error_details();
     let reason = details.error_info().map(|info| info.reason.clone()).unwrap_or_default();
     let fields = details.bad_request().map(|bad| bad.field_violations.iter().map(|v| v.field.clone()).collect());
-    assert_eq!(details.retry_info().is_some(), status.code() == Code::Unavailable, "{status:?}");
+    let is_for_later = matches!(
+        (status.code(), reason.as_str()),
+        (Code::Unavailable, _) | (Code::Aborted, "IDEMPOTENCY") | (Code::ResourceExhausted, "RATE_LIMITED")
+    );
+    assert_eq!(details.retry_info().is_some(), is_for_later, "{status:?}");
     (status.code(), reason, fields.unwrap_or_default())
 }
 
@@ -283,52 +286,6 @@ async fn a_deadline_bounds_the_wait_and_the_caller_hears_what_is_stored_before_i
     waiters(0.0).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn two_users_do_not_meet_over_grpc() {
-    let _turn = beside_others().await;
-    let system = System::new().await;
-    let header = system.api_with(&[("AUTH_MODE", "header")]).await;
-    let jwt = system.api_with(&[("AUTH_MODE", "jwt"), ("JWT_SECRET", SECRET)]).await;
-    let (alice, bob) = (format!("Bearer {TOKEN_OF_ALICE}"), format!("Bearer {TOKEN_OF_BOB}"));
-    for (api, name, alice, bob) in
-        [(&header, "x-user-id", "alice", "bob"), (&jwt, "authorization", alice.as_str(), bob.as_str())]
-    {
-        let (mut orders, mut saga) = (orders(api).await, saga(api).await);
-        orders.health(HealthRequest {}).await.expect("everybody may ask");
-        let nobody = refused(orders.upsert_order(upsert("", "alice", "", &json!({}))).await);
-        assert_eq!((nobody.0, nobody.1.as_str()), (Code::Unauthenticated, "UNAUTHENTICATED"));
-        assert_eq!(refused(saga.create_order(create("alice", &[("p", 1, 1.0)])).await).0, Code::Unauthenticated);
-
-        let of_alice = [(name, alice), ("prefer", "respond-async")];
-        let of_bob = [(name, bob), ("prefer", "respond-async")];
-        let payload = json!({ "id": format!("ext-{name}") });
-        let created = orders.upsert_order(with(upsert("", "", "", &payload), &of_alice)).await.expect("created");
-        let order_id = created.into_inner().order_id;
-        let model = orders.get_order_by_id(with(by_id(&order_id), &of_alice)).await.expect("her own").into_inner();
-        assert_eq!(model.order.expect("an order").user_id, "alice");
-        let external =
-            |user_id: &str| GetOrderByExternalIdRequest { external_id: format!("ext-{name}"), user_id: user_id.into() };
-        orders.get_order_by_external_id(with(external(""), &of_alice)).await.expect("her own");
-        let made = saga.create_order(with(create("", &[("p", 1, 1.0)]), &of_alice)).await.expect("created");
-        let of_saga = made.into_inner().order.expect("an order").id;
-        let get = |user_id: &str| GetOrderRequest { order_id: of_saga.clone(), user_id: user_id.into() };
-        saga.get_order(with(get(""), &of_alice)).await.expect("her own");
-
-        for user_id in ["", "alice", "bob"] {
-            assert_eq!(refused(saga.get_order(with(get(user_id), &of_bob)).await).0, Code::NotFound);
-            let found = orders.get_order_by_external_id(with(external(user_id), &of_bob)).await;
-            assert_eq!(refused(found).0, Code::NotFound);
-        }
-        assert_eq!(refused(orders.get_order_by_id(with(by_id(&order_id), &of_bob)).await).0, Code::NotFound);
-        for status in ["", "deleted"] {
-            let change = orders.upsert_order(with(upsert(&order_id, "", status, &Value::Null), &of_bob)).await;
-            assert_eq!(refused(change).0, Code::NotFound);
-        }
-        let for_alice = refused(orders.upsert_order(with(upsert("", "alice", "", &json!({})), &of_bob)).await);
-        assert_eq!((for_alice.0, for_alice.2), (Code::InvalidArgument, vec!["user_id".to_owned()]));
-    }
-}
-
 /// An upsert whose texts are any bytes.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Bytes {
@@ -492,22 +449,6 @@ async fn an_api_that_stops_answers_its_parked_calls_and_says_that_it_does_not_se
 
 fn list_services() -> ServerReflectionRequest {
     ServerReflectionRequest { host: String::new(), message_request: Some(MessageRequest::ListServices(String::new())) }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn reflection_tells_the_services() {
-    let _turn = beside_others().await;
-    let system = System::new().await;
-    let api = system.api().await;
-    let mut client = ServerReflectionClient::new(channel(&api).await);
-    let questions = futures_util::stream::iter([list_services()]);
-    let mut answers = client.server_reflection_info(questions).await.expect("answers").into_inner();
-    let answer = answers.message().await.expect("no error").expect("an answer").message_response;
-    let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
-    let names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
-    for name in ["grpc.health.v1.Health", "order.OrderService", "orders.service.v1.OrdersService"] {
-        assert!(names.iter().any(|found| found == name), "{name} in {names:?}");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,10 +4,14 @@ mod answers;
 mod bad_input;
 mod bad_records;
 mod batches;
+mod bulk;
+mod cache;
 mod clock;
 #[cfg(feature = "compose")]
 mod compose;
+mod contract;
 mod deletes;
+mod documents;
 mod features;
 mod grpc;
 mod idempotency;

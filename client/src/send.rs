@@ -6,15 +6,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use hyper::header::{HeaderValue, RETRY_AFTER};
-use hyper::{StatusCode, Uri};
+use hyper::header::{HeaderMap, HeaderValue, RETRY_AFTER};
+use hyper::{Method, StatusCode};
 use rust_decimal::Decimal;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
-use crate::http::{Address, Answer, Connection};
+use crate::http::{self, Answer, PREFER, Service};
 use crate::latency::Latencies;
 use crate::money::{grouped, grouped_count};
 use crate::progress::Progress;
@@ -29,7 +29,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 pub struct Options {
-    pub url: String,
+    pub service: Service,
     pub concurrency: usize,
     /// Seconds each order waits for the worker's answer.
     pub wait: u32,
@@ -63,13 +63,15 @@ pub struct Summary {
     complaints: Vec<String>,
 }
 
+/// # Errors
+/// When no order service answers there.
 pub async fn run(options: &Options, orders: Vec<SampleOrder>) -> anyhow::Result<Summary> {
-    let address = Address::parse(&options.url)?;
-    ensure_service(&address, &options.url).await?;
+    ensure_service(&options.service).await?;
+    let prefer = HeaderValue::from_str(&format!("wait={}", options.wait)).context("the wait")?;
     let sender = Sender {
-        path: address.path("/orders")?,
-        address,
-        prefer: HeaderValue::from_str(&format!("wait={}", options.wait)).context("the wait")?,
+        service: options.service.clone(),
+        headers: HeaderMap::from_iter([http::json(), (PREFER, prefer)]),
+        wait: Duration::from_secs(options.wait.into()),
     };
 
     let orders = Arc::new(orders);
@@ -78,10 +80,9 @@ pub async fn run(options: &Options, orders: Vec<SampleOrder>) -> anyhow::Result<
     for _ in 0..options.concurrency.min(orders.len()) {
         let (orders, next, results, sender) = (orders.clone(), next.clone(), results.clone(), sender.clone());
         tokio::spawn(async move {
-            let mut connection = None;
             while let Some(order) = orders.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let begun = Instant::now();
-                let outcome = sender.send(&mut connection, order).await;
+                let outcome = sender.send(order).await;
                 // Nobody listens any more: the run was given up.
                 if results.send((order.line, order.currency.clone(), outcome, begun.elapsed())).is_err() {
                     break;
@@ -93,7 +94,7 @@ pub async fn run(options: &Options, orders: Vec<SampleOrder>) -> anyhow::Result<
 
     let expected = sample::sums(orders.iter().map(|order| (order.currency.as_str(), order.amount)));
     let mut summary = Summary::new(expected)?;
-    let mut progress = Progress::new("orders", orders.len() as u64);
+    let mut progress = Progress::new("orders", Some(orders.len() as u64));
     while let Some((line, currency, outcome, latency)) = received.recv().await {
         summary.add(line, &currency, outcome, latency);
         progress.step();
@@ -104,15 +105,12 @@ pub async fn run(options: &Options, orders: Vec<SampleOrder>) -> anyhow::Result<
 
 /// One question before the file is sent, so that a wrong address is one clear error and not
 /// hundreds of them.
-async fn ensure_service(address: &Address, url: &str) -> anyhow::Result<()> {
-    let mut connection = Connection::open(address)
-        .await
-        .with_context(|| format!("no service answers at {url}; is it running (`make run`)?"))?;
-    let answer = connection.get(address.path("/health")?).await;
-    let answer = answer.with_context(|| format!("what listens at {url} does not speak HTTP"))?;
+async fn ensure_service(service: &Service) -> anyhow::Result<()> {
+    let answer = service.ask(Method::GET, "/health", HeaderMap::new(), None, Duration::ZERO).await?;
     ensure!(
         answer.status == StatusCode::OK,
-        "what listens at {url} is not the order service: GET /health answered {}",
+        "what listens at {} is not the order service: GET /health answered {}",
+        service.url(),
         answer.status
     );
     Ok(())
@@ -120,9 +118,9 @@ async fn ensure_service(address: &Address, url: &str) -> anyhow::Result<()> {
 
 #[derive(Clone)]
 struct Sender {
-    address: Address,
-    path: Uri,
-    prefer: HeaderValue,
+    service: Service,
+    headers: HeaderMap,
+    wait: Duration,
 }
 
 /// What an attempt came to when it is worth another one.
@@ -132,10 +130,10 @@ struct Again {
 }
 
 impl Sender {
-    async fn send(&self, connection: &mut Option<Connection>, order: &SampleOrder) -> Outcome {
+    async fn send(&self, order: &SampleOrder) -> Outcome {
         let mut pause = FIRST_PAUSE;
         for attempt in 1.. {
-            let again = match self.attempt(connection, order).await {
+            let again = match self.attempt(order).await {
                 Ok(outcome) => return outcome,
                 Err(again) => again,
             };
@@ -148,27 +146,16 @@ impl Sender {
         Outcome::Failed("never sent".to_owned())
     }
 
-    async fn attempt(&self, slot: &mut Option<Connection>, order: &SampleOrder) -> Result<Outcome, Again> {
-        let mut connection = match slot.take() {
-            Some(connection) => connection,
-            None => Connection::open(&self.address).await.map_err(|error| Again::after(format!("{error:#}")))?,
-        };
-        let posting = connection.post_json(self.path.clone(), self.prefer.clone(), order.body.clone());
-        // The broken connection is dropped here, so that the next attempt opens a new one.
-        let answer = posting.await.map_err(|error| Again::after(error.to_string()))?;
-        *slot = Some(connection);
+    async fn attempt(&self, order: &SampleOrder) -> Result<Outcome, Again> {
+        let body = Some(order.body.clone());
+        let asking = self.service.ask(Method::POST, "/orders", self.headers.clone(), body, self.wait);
+        let answer = asking.await.map_err(|error| Again { why: format!("{error:#}"), pause: None })?;
         match answer.status {
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => {
-                Err(Again { why: reason(&answer), pause: retry_after(&answer) })
+                Err(Again { why: answer.refusal(), pause: retry_after(&answer) })
             }
             _ => Ok(outcome(&answer)),
         }
-    }
-}
-
-impl Again {
-    fn after(why: String) -> Self {
-        Self { why, pause: None }
     }
 }
 
@@ -183,9 +170,9 @@ struct Told {
 fn outcome(answer: &Answer) -> Outcome {
     match answer.status {
         StatusCode::ACCEPTED => return Outcome::NotYet,
-        StatusCode::UNPROCESSABLE_ENTITY => return Outcome::Rejected(reason(answer)),
+        StatusCode::UNPROCESSABLE_ENTITY => return Outcome::Rejected(answer.refusal()),
         StatusCode::CREATED | StatusCode::OK => {}
-        _ => return Outcome::Failed(reason(answer)),
+        _ => return Outcome::Failed(answer.refusal()),
     }
     let told: Told = match serde_json::from_slice(&answer.body) {
         Ok(told) => told,
@@ -204,23 +191,8 @@ fn outcome(answer: &Answer) -> Outcome {
     if answer.status == StatusCode::CREATED { Outcome::Created(amount) } else { Outcome::Repeated(amount) }
 }
 
-/// What the service says of a refusal, in its own words where it has any (RFC 9457).
-fn reason(answer: &Answer) -> String {
-    #[derive(Deserialize)]
-    struct Problem {
-        title: Option<String>,
-        detail: Option<String>,
-    }
-    let words = match serde_json::from_slice(&answer.body) {
-        Ok(Problem { detail: Some(detail), .. }) => detail,
-        Ok(Problem { title: Some(title), .. }) => title,
-        _ => String::from_utf8_lossy(&answer.body).chars().take(200).collect(),
-    };
-    format!("{}: {words}", answer.status)
-}
-
 fn retry_after(answer: &Answer) -> Option<Duration> {
-    let seconds = answer.headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    let seconds = answer.header(RETRY_AFTER.as_str())?.trim().parse().ok()?;
     Some(Duration::from_secs(seconds))
 }
 

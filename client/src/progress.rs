@@ -6,9 +6,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 /// Plain lines come at every tenth of the way.
 const PLAIN_LINES: u64 = 10;
+/// And every so many, where nobody knows the way.
+const PLAIN_EVERY: u64 = 10_000;
 
 pub struct Progress {
-    total: u64,
+    /// `None`: nobody knows how many there will be.
+    total: Option<u64>,
     done: u64,
     label: String,
     bar: Option<ProgressBar>,
@@ -16,10 +19,12 @@ pub struct Progress {
 
 impl Progress {
     /// On standard error, so that standard output holds the result alone.
-    pub fn new(label: &str, total: u64) -> Self {
+    pub fn new(label: &str, total: Option<u64>) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(total);
-            let template = "{prefix} [{wide_bar}] {pos}/{len} {per_sec} {eta} left";
+            let (bar, template) = match total {
+                Some(total) => (ProgressBar::new(total), "{prefix} [{wide_bar}] {pos}/{len} {per_sec} {eta} left"),
+                None => (ProgressBar::no_length(), "{prefix} {pos} {per_sec}"),
+            };
             if let Ok(style) = ProgressStyle::with_template(template) {
                 bar.set_style(style.progress_chars("=> "));
             }
@@ -33,9 +38,17 @@ impl Progress {
         self.done += 1;
         match &self.bar {
             Some(bar) => bar.inc(1),
-            None if self.shows_a_line() => eprintln!("{} {}/{}", self.label, self.done, self.total),
+            None if self.shows_a_line() => match self.total {
+                Some(total) => eprintln!("{} {}/{total}", self.label, self.done),
+                None => eprintln!("{} {}", self.label, self.done),
+            },
             None => {}
         }
+    }
+
+    #[must_use]
+    pub fn done(&self) -> u64 {
+        self.done
     }
 
     pub fn finish(&self) {
@@ -45,7 +58,8 @@ impl Progress {
     }
 
     fn shows_a_line(&self) -> bool {
-        let tenths = |done: u64| done * PLAIN_LINES / self.total.max(1);
+        let Some(total) = self.total else { return self.done.is_multiple_of(PLAIN_EVERY) };
+        let tenths = |done: u64| done * PLAIN_LINES / total.max(1);
         tenths(self.done) > tenths(self.done - 1)
     }
 }
@@ -56,7 +70,7 @@ mod tests {
 
     #[test]
     fn plain_lines_come_ten_times_and_the_last_is_the_whole() {
-        let mut progress = Progress { total: 300, done: 0, label: String::new(), bar: None };
+        let mut progress = Progress { total: Some(300), done: 0, label: String::new(), bar: None };
         let mut shown = Vec::new();
         for done in 1..=300 {
             progress.done = done;

@@ -1,11 +1,13 @@
 //! The file of marketplace orders: what is sent of each line, and what the amounts must come to.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use rust_decimal::Decimal;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -67,6 +69,30 @@ struct Item<'a> {
 struct Request<'a> {
     user_id: &'a str,
     payload: &'a RawValue,
+}
+
+/// What is sent of one order of a file: the line itself, or, where it is a marketplace's own order
+/// (it names a `customer_id` and no `user_id`), that as the payload of an order of that customer's.
+/// What makes no sense is the service's to refuse.
+#[must_use]
+pub fn request(line: &str) -> Cow<'_, str> {
+    #[derive(Deserialize)]
+    struct Customers<'a> {
+        user_id: Option<IgnoredAny>,
+        order_id: Option<IgnoredAny>,
+        #[serde(borrow)]
+        customer_id: Option<&'a RawValue>,
+    }
+    let request = match serde_json::from_str(line) {
+        Ok(Customers { user_id: None, order_id: None, customer_id: Some(customer) }) => {
+            let payload = serde_json::from_str(line).ok();
+            payload.zip(text_of(customer).ok()).and_then(|(payload, user_id): (&RawValue, String)| {
+                serde_json::to_string(&Request { user_id: &user_id, payload }).ok()
+            })
+        }
+        _ => None,
+    };
+    request.map_or(Cow::Borrowed(line), Cow::Owned)
 }
 
 fn parse(text: &str) -> anyhow::Result<Vec<SampleOrder>> {
@@ -150,6 +176,14 @@ mod tests {
     fn the_line_is_sent_as_the_payload_byte_for_byte() {
         let orders = parse(GOOD).expect("a good line");
         assert_eq!(orders[0].body, format!(r#"{{"user_id":"c1","payload":{GOOD}}}"#));
+    }
+
+    #[test]
+    fn a_marketplaces_own_order_becomes_a_payload_and_all_else_is_sent_as_it_is() {
+        assert_eq!(request(GOOD), format!(r#"{{"user_id":"c1","payload":{GOOD}}}"#));
+        for line in [r#"{"user_id":"u","customer_id":"c"}"#, r#"{"customer_id":null}"#, "{", "", "[1]"] {
+            assert_eq!(request(line), line);
+        }
     }
 
     #[test]

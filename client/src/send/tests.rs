@@ -3,9 +3,10 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use bytes::Bytes;
+use test_support::stand_in::{Asked, respond, serve};
 
 use super::*;
-use crate::stand_in::{Asked, respond, serve};
+use crate::http::Identity;
 
 const DEMO_ORDERS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/demo-orders.ndjson");
 
@@ -14,7 +15,8 @@ fn orders() -> Vec<SampleOrder> {
 }
 
 fn options(url: String) -> Options {
-    Options { url, concurrency: 4, wait: 7 }
+    let service = Service::new(&url, &Identity::default()).expect("a URL");
+    Options { service, concurrency: 4, wait: 7 }
 }
 
 /// Answers as the service does: 201 the first time, 200 after it, with the amount of the items.
@@ -86,7 +88,7 @@ async fn a_service_that_is_not_there_is_one_clear_error() {
     drop(listener);
     let error = run(&options(url.clone()), orders()).await.err().expect("an error");
     let shown = format!("{error:#}");
-    assert!(shown.contains(&url) && shown.contains("make run"), "{shown}");
+    assert!(shown.contains(&url) && shown.contains("ORDERSTREAM_URL"), "{shown}");
 }
 
 #[tokio::test]

@@ -12,14 +12,14 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
-pub(crate) struct Asked {
-    pub(crate) path: String,
-    pub(crate) prefer: Option<String>,
-    pub(crate) body: Bytes,
+pub struct Asked {
+    pub path: String,
+    pub prefer: Option<String>,
+    pub body: Bytes,
 }
 
 /// Serves for as long as the test's runtime lives; returns the URL.
-pub(crate) async fn serve(answer: impl Fn(Asked) -> Response<String> + Send + Sync + 'static) -> String {
+pub async fn serve(answer: impl Fn(Asked) -> Response<String> + Send + Sync + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let url = format!("http://{}", listener.local_addr().expect("its address"));
     let answer = Arc::new(answer);
@@ -45,6 +45,6 @@ pub(crate) async fn serve(answer: impl Fn(Asked) -> Response<String> + Send + Sy
     url
 }
 
-pub(crate) fn respond(status: u16, body: &str) -> Response<String> {
+pub fn respond(status: u16, body: &str) -> Response<String> {
     Response::builder().status(status).body(body.to_owned()).expect("a response")
 }
