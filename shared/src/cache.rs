@@ -29,8 +29,8 @@ use crate::{
 };
 
 /// How long a mark stays, and how long a reader may have taken that keeps what it read.
-const MARK: Duration = Duration::from_secs(5);
-const SLOWEST_READ: Duration = Duration::from_secs(2);
+const MARK: Duration = Duration::from_secs(1);
+const SLOWEST_READ: Duration = Duration::from_millis(250);
 /// Redis is to be quicker than PostgreSQL, or it is of no use.
 const PATIENCE: Duration = Duration::from_millis(50);
 /// For how long a Redis that failed is left alone.
