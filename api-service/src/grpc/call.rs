@@ -25,7 +25,7 @@ use tonic::{
 use crate::{
     error::Problem,
     http::{
-        App,
+        App, Limited,
         conditions::IDEMPOTENCY_REPLAYED,
         orders::{WholeBody, conditions, read_body},
         reads::etag,
@@ -45,8 +45,9 @@ const FOR_EVERYBODY: &str = "/orders.service.v1.OrdersService/Health";
 /// Lets in whom we know with a message of a bearable size, and answers in time.
 pub(super) async fn admit(State(app): State<App>, request: Request, next: Next) -> Response {
     let times = Times { arrived: Instant::now(), timeout: timeout(request.headers()) };
+    let mut limited = None;
     let answered = async {
-        match prepare(&app, times, request).await {
+        match prepare(&app, times, request, &mut limited).await {
             Ok(request) => next.run(request).await,
             Err(refusal) => refusal,
         }
@@ -58,10 +59,19 @@ pub(super) async fn admit(State(app): State<App>, request: Request, next: Next) 
         }),
         None => answered.await,
     };
-    hold(answer)
+    let mut answer = hold(answer);
+    if let Some((limiter, verdict)) = limited {
+        limiter.tell(verdict, answer.headers_mut());
+    }
+    answer
 }
 
-async fn prepare(app: &App, times: Times, request: Request) -> Result<Request, Response> {
+async fn prepare<'a>(
+    app: &'a App,
+    times: Times,
+    request: Request,
+    limited: &mut Option<Limited<'a>>,
+) -> Result<Request, Response> {
     let (mut parts, body) = request.into_parts();
     let is_grpc = |value: &HeaderValue| value.as_bytes().starts_with(b"application/grpc");
     if !parts.headers.get(header::CONTENT_TYPE).is_some_and(is_grpc) {
@@ -70,12 +80,11 @@ async fn prepare(app: &App, times: Times, request: Request) -> Result<Request, R
     let refused = |problem: Problem| Status::from(problem).into_http();
     if parts.uri.path() != FOR_EVERYBODY {
         let (caller, verdict) = who_asks(app, &parts.headers, &parts.extensions).map_err(refused)?;
-        match verdict {
-            Some((_, verdict)) if !verdict.allowed => {
-                return Err(refused(Problem::TooMany { retry_after: verdict.retry_after() }));
-            }
-            _ => parts.extensions.insert(caller),
-        };
+        *limited = verdict;
+        if let Some((_, verdict)) = verdict.filter(|(_, verdict)| !verdict.allowed) {
+            return Err(refused(Problem::TooMany { retry_after: verdict.retry_after() }));
+        }
+        parts.extensions.insert(caller);
     }
     parts.extensions.insert(times);
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await.map_err(refused)?;

@@ -61,12 +61,15 @@ impl OrderService for Service {
         let upsert = request::parse(&body, &call.caller, &self.0.defaults).map_err(Problem::from)?;
         let (done, applied) = call.submit(&self.0, upsert, body).await?;
         let held = call.large_answer().await;
+        let named = call.caller.user().unwrap_or_default();
         // It is stored: that it cannot be read back now is no failure.
         let order = match self.0.orders.order(done.order_id).await {
             Ok(Some(order)) => told(order),
             Ok(None) | Err(_) => Order {
                 id: done.order_id.to_string(),
-                user_id: message.user_id,
+                user_id: Some(message.user_id)
+                    .filter(|user_id| !user_id.is_empty())
+                    .unwrap_or_else(|| named.to_owned()),
                 items: message.items,
                 total_price: done.state.amount.map_or(0.0, double),
                 status: status(LIFECYCLE, &done.state.status).into(),

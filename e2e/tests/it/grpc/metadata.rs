@@ -159,6 +159,9 @@ async fn who_calls_too_often_is_told_when_to_call_again_and_keeps_nobody_else_fr
     for status in refusals {
         let retry = status.get_error_details().retry_info().and_then(|retry| retry.retry_delay);
         assert_eq!(retry, Some(Duration::from_secs(1)), "{status:?}");
+        let policy = status.metadata().get("ratelimit-policy").and_then(|value| value.to_str().ok());
+        assert_eq!(policy, Some("\"default\";q=10;w=10"), "{status:?}");
+        assert!(status.metadata().contains_key("ratelimit"), "{status:?}");
         let (code, reason, _) = refused::<()>(Err(status));
         assert_eq!((code, reason.as_str()), (Code::ResourceExhausted, "RATE_LIMITED"));
     }
