@@ -4,14 +4,11 @@
 use std::path::Path;
 
 use anyhow::Context;
-use uuid::Uuid;
 
-use crate::database::Database;
 use crate::process;
-use crate::product::{self, Product};
-use crate::report::{LedgerFigures, Mode};
-use crate::run::{Bench, Options, step};
-use crate::topics::Topics;
+use crate::product;
+use crate::report::Mode;
+use crate::run::{Bench, Ground, Options, median, step};
 use client::table;
 
 /// One measurement.
@@ -75,10 +72,9 @@ async fn measure(
     label: &str,
     points: &[(Mode, usize)],
 ) -> anyhow::Result<Vec<Seen>> {
-    let name = format!("bench_{}", Uuid::now_v7().simple());
-    let (topics, database) = (Topics::named(&name), Database::create(&options.postgres_dsn, &name).await?);
-    let mut product = Product::start(binaries, &database, &topics, &options.folder).await?;
-    let mut bench = Bench { options, ledger: LedgerFigures::default() };
+    let ground = Ground::create(&options.servers).await?;
+    let mut product = ground.start(binaries, &[], &options.folder).await?;
+    let mut bench = Bench::new(options.warm_up, options.measure);
     let mut seen = Vec::with_capacity(points.len());
     for (mode, callers) in points {
         let point = bench.point(&mut product, *mode, *callers).await?;
@@ -87,10 +83,9 @@ async fn measure(
         let cpu = [point.cpu.api, point.cpu.worker, point.cpu.postgres.unwrap_or_default(), point.cpu.machine];
         seen.push(Seen { rate, cost: cpu.map(|share| share * 1e6 / rate) });
     }
-    bench.check(&database).await?;
+    bench.check(&ground.database).await?;
     product.stop().await?;
-    database.remove().await?;
-    topics.remove(&options.kafka_brokers, &options.kafka_config).await?;
+    ground.remove(&options.servers).await?;
     Ok(seen)
 }
 
@@ -116,12 +111,6 @@ fn table(points: &[(Mode, usize)], ours: &[Vec<Seen>], others: &[Vec<Seen>]) -> 
     let costs =
         table::markdown(&["µs per order, ours / other", "api-service", "worker", "PostgreSQL", "machine"], &costs);
     format!("{rates}\n{costs}")
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -55,6 +55,10 @@ impl Address {
         Ok(Self { authority, prefix: uri.path().trim_end_matches('/').to_owned(), host_header })
     }
 
+    pub fn authority(&self) -> &str {
+        &self.authority
+    }
+
     pub fn url(&self) -> String {
         format!("http://{}{}", self.authority, self.prefix)
     }

@@ -44,6 +44,15 @@ pub struct Plan {
     pub each: u64,
 }
 
+impl Plan {
+    /// Orders by so many callers for so long, each answered at commit.
+    #[must_use]
+    pub fn accepted(url: String, callers: usize, time: Duration) -> Self {
+        let measure_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Self { url, callers, wait: 0, warm_up_ms: 0, measure_ms, each: 0 }
+    }
+}
+
 /// What one load process saw.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Figures {

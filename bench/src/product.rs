@@ -19,7 +19,8 @@ const WAITERS: &str = "orderstream_waiters";
 
 /// Fine enough to say how long the worker took to catch up.
 const POLL: Duration = Duration::from_millis(10);
-const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(120);
+/// For which the worker may get no further.
+const STANDSTILL: Duration = Duration::from_secs(30);
 const PARK_TIMEOUT: Duration = Duration::from_secs(20);
 /// The longest that a caller may wait: parked ones must not run out of time while measured.
 pub const WAIT_MAX_SECONDS: u32 = 60;
@@ -55,9 +56,15 @@ pub fn ensure_built(binaries: &Path) -> anyhow::Result<()> {
 }
 
 impl Product {
-    pub async fn start(binaries: &Path, database: &Database, topics: &Topics, folder: &Path) -> anyhow::Result<Self> {
+    pub async fn start(
+        binaries: &Path,
+        database: &Database,
+        topics: &Topics,
+        more: &[(&'static str, String)],
+        folder: &Path,
+    ) -> anyhow::Result<Self> {
         // The rest is what the caller's environment says, else the service's own defaults.
-        let settings = [
+        let mut settings = vec![
             ("POSTGRES_DSN", database.dsn().to_owned()),
             ("ORDERS_EVENTS_TOPIC", topics.events.clone()),
             ("ORDERS_ACK_TOPIC", topics.acks.clone()),
@@ -68,6 +75,7 @@ impl Product {
             ("WORKER_PORT", "127.0.0.1:0".to_owned()),
             ("ACK_WAIT_MAX_MS", (WAIT_MAX_SECONDS * 1000).to_string()),
         ];
+        settings.extend_from_slice(more);
         let worker = Process::start(binaries, "worker", &settings, folder).await?;
         let api = Process::start(binaries, "api-service", &settings, folder).await?;
         let (worker_metrics, api_metrics) = (Metrics::of(worker.address()).await?, Metrics::of(api.address()).await?);
@@ -86,14 +94,17 @@ impl Product {
 
     /// Returns when the worker has handled that many.
     pub async fn wait_until_handled(&mut self, expected: u64) -> anyhow::Result<()> {
-        let deadline = Instant::now() + CATCH_UP_TIMEOUT;
+        let (mut last, mut since) = (0, Instant::now());
         loop {
             let handled = self.handled().await?;
             if handled >= expected {
                 return Ok(());
             }
-            if Instant::now() > deadline {
-                bail!("the worker has handled {handled} of {expected} orders after {CATCH_UP_TIMEOUT:?}");
+            if handled > last {
+                (last, since) = (handled, Instant::now());
+            }
+            if since.elapsed() > STANDSTILL {
+                bail!("the worker stands still at {handled} of {expected} orders, since {STANDSTILL:?}");
             }
             sleep(POLL).await;
         }
@@ -112,6 +123,11 @@ impl Product {
             }
             sleep(POLL).await;
         }
+    }
+
+    /// A figure of the API's, over all labels or of one.
+    pub async fn api_counted(&mut self, name: &str) -> anyhow::Result<u64> {
+        self.api_metrics.sum(name).await.context("asking the API")
     }
 
     pub fn memory(&self) -> anyhow::Result<Memory> {

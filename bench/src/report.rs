@@ -253,7 +253,7 @@ fn floor(ratio: f64, floor: f64) -> String {
     format!("{ratio:.2} × pgbench at best, {verdict} the floor of {floor}")
 }
 
-fn mib(kib: u64) -> f64 {
+pub(crate) fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
 }
 

@@ -5,6 +5,7 @@ use std::process::Stdio;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
+use clap::Args;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -24,10 +25,63 @@ const LEDGER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Before the start, at what else the machine does.
 const QUIET_LOOK: Duration = Duration::from_secs(3);
 
-pub struct Options {
+/// What the service runs on.
+#[derive(Args, Clone)]
+pub struct Servers {
+    /// A PostgreSQL on which databases may be created.
+    #[arg(long, env = "POSTGRES_DSN", hide_env_values = true, default_value = "")]
     pub postgres_dsn: String,
+
+    #[arg(long, env = "KAFKA_BROKERS", default_value = "")]
     pub kafka_brokers: String,
+
+    /// librdkafka properties, as key=value,key=value.
+    #[arg(long, env = "KAFKA_CONFIG", hide_env_values = true, default_value = "")]
     pub kafka_config: String,
+}
+
+impl Servers {
+    /// # Errors
+    /// When one is not named.
+    pub fn check(&self) -> anyhow::Result<()> {
+        for (value, key) in [(&self.postgres_dsn, "POSTGRES_DSN"), (&self.kafka_brokers, "KAFKA_BROKERS")] {
+            ensure!(!value.is_empty(), "{key} is not set; `make bench` provides it");
+        }
+        Ok(())
+    }
+}
+
+/// A database and topics of a run's own.
+pub struct Ground {
+    pub database: Database,
+    pub topics: Topics,
+}
+
+impl Ground {
+    pub async fn create(servers: &Servers) -> anyhow::Result<Self> {
+        // Time-ordered and random: says when it was made, and two runs do not meet.
+        let name = format!("bench_{}", Uuid::now_v7().simple());
+        Ok(Self { topics: Topics::named(&name), database: Database::create(&servers.postgres_dsn, &name).await? })
+    }
+
+    pub async fn remove(self, servers: &Servers) -> anyhow::Result<()> {
+        self.database.remove().await?;
+        self.topics.remove(&servers.kafka_brokers, &servers.kafka_config).await
+    }
+
+    /// The service of these binaries, on it; `more` are settings beside the service's defaults.
+    pub async fn start(
+        &self,
+        binaries: &Path,
+        more: &[(&'static str, String)],
+        folder: &Path,
+    ) -> anyhow::Result<Product> {
+        Product::start(binaries, &self.database, &self.topics, more, folder).await
+    }
+}
+
+pub struct Options {
+    pub servers: Servers,
     pub callers: Vec<usize>,
     pub warm_up: Duration,
     pub measure: Duration,
@@ -44,39 +98,31 @@ pub struct Options {
 pub async fn run(options: &Options, interrupted: impl Future<Output = ()>) -> anyhow::Result<Report> {
     product::ensure_built(&process::own_folder()?)?;
     std::fs::create_dir_all(&options.folder).with_context(|| format!("creating {}", options.folder.display()))?;
-    // Time-ordered and random: says when it was made, and two runs do not meet.
-    let name = format!("bench_{}", Uuid::now_v7().simple());
-    let topics = Topics::named(&name);
-    let database = Database::create(&options.postgres_dsn, &name).await?;
-
+    let ground = Ground::create(&options.servers).await?;
     let result = tokio::select! {
-        result = measure(options, &database, &topics) => result,
+        result = measure(options, &ground) => result,
         () = interrupted => Err(anyhow::anyhow!("interrupted")),
     };
-
     if options.keep {
-        eprintln!("kept: database {name}, topics {} and {}", topics.events, topics.acks);
-    } else if let Err(error) = remove(options, &database, &topics).await {
+        let Ground { database, topics } = ground;
+        eprintln!("kept: database {}, topics {} and {}", database.name(), topics.events, topics.acks);
+    } else if let Err(error) = ground.remove(&options.servers).await {
         eprintln!("tidying up: {error:#}");
     }
     result
 }
 
-async fn remove(options: &Options, database: &Database, topics: &Topics) -> anyhow::Result<()> {
-    database.remove().await?;
-    topics.remove(&options.kafka_brokers, &options.kafka_config).await
-}
-
-async fn measure(options: &Options, database: &Database, topics: &Topics) -> anyhow::Result<Report> {
+async fn measure(options: &Options, ground: &Ground) -> anyhow::Result<Report> {
+    let database = &ground.database;
     let machine = Machine {
         cores: std::thread::available_parallelism().map_or(0, usize::from),
         busy_before: busy_cores(QUIET_LOOK).await?,
         postgres: database::describe_server(&database.connect().await?).await?,
     };
     step("starting the service");
-    let mut product = Product::start(&process::own_folder()?, database, topics, &options.folder).await?;
+    let mut product = ground.start(&process::own_folder()?, &[], &options.folder).await?;
     let idle = product.memory()?;
-    let mut bench = Bench { options, ledger: LedgerFigures::default() };
+    let mut bench = Bench::new(options.warm_up, options.measure);
 
     // Kafka on new servers is still being compiled: it took half a core where it takes a sixth soon
     // after. What is measured is a service that has been running.
@@ -97,7 +143,7 @@ async fn measure(options: &Options, database: &Database, topics: &Topics) -> any
         ceilings.push(ceiling(options, database).await?);
     }
     step(&format!("{} parked requests", options.parked));
-    let memory = bench.parked(&mut product, idle).await?;
+    let memory = bench.parked(&mut product, idle, options.parked).await?;
 
     step("ledger");
     bench.check(database).await?;
@@ -120,12 +166,18 @@ async fn ceiling(options: &Options, database: &Database) -> anyhow::Result<pgben
 }
 
 /// The measurements that go through the service, and the account they add up to.
-pub struct Bench<'a> {
-    pub options: &'a Options,
+pub struct Bench {
+    warm_up: Duration,
+    measure: Duration,
     pub ledger: LedgerFigures,
 }
 
-impl Bench<'_> {
+impl Bench {
+    #[must_use]
+    pub fn new(warm_up: Duration, measure: Duration) -> Self {
+        Self { warm_up, measure, ledger: LedgerFigures::default() }
+    }
+
     /// One measurement. Waits until all is handled.
     pub async fn point(&mut self, product: &mut Product, mode: Mode, callers: usize) -> anyhow::Result<Point> {
         let wait = match mode {
@@ -136,8 +188,8 @@ impl Bench<'_> {
             url: product.address().url(),
             callers,
             wait,
-            warm_up_ms: u64::try_from(self.options.warm_up.as_millis())?,
-            measure_ms: u64::try_from(self.options.measure.as_millis())?,
+            warm_up_ms: u64::try_from(self.warm_up.as_millis())?,
+            measure_ms: u64::try_from(self.measure.as_millis())?,
             each: 0,
         };
         let (cpu_before, begun) = (product.cpu_times()?, Instant::now());
@@ -165,11 +217,16 @@ impl Bench<'_> {
     }
 
     /// The worker stands still, so that every request parks; then it goes on and all are answered.
-    async fn parked(&mut self, product: &mut Product, idle: product::Memory) -> anyhow::Result<MemoryFigures> {
+    async fn parked(
+        &mut self,
+        product: &mut Product,
+        idle: product::Memory,
+        requests: usize,
+    ) -> anyhow::Result<MemoryFigures> {
         let after_load = product.memory()?;
         let plan = Plan {
             url: product.address().url(),
-            callers: self.options.parked,
+            callers: requests,
             wait: WAIT_MAX_SECONDS,
             warm_up_ms: 0,
             measure_ms: 0,
@@ -178,7 +235,7 @@ impl Bench<'_> {
         product.worker.signal("STOP").await?;
         let load = start_load(&plan);
         let parked = match &load {
-            Ok(_) => product.wait_until_parked(self.options.parked as u64).await,
+            Ok(_) => product.wait_until_parked(requests as u64).await,
             Err(_) => Ok(()),
         };
         let memory = product.memory();
@@ -188,7 +245,7 @@ impl Bench<'_> {
         let load = figures(load?).await?;
         self.ledger.add(&load)?;
         let answered = load.created;
-        ensure!(answered == self.options.parked as u64, "{answered} of {} parked requests were answered", plan.callers);
+        ensure!(answered == requests as u64, "{answered} of {} parked requests were answered", plan.callers);
         product.wait_until_handled(self.ledger.accepted).await?;
         Ok(MemoryFigures { requests: plan.callers, idle, after_load, parked: memory? })
     }
@@ -214,7 +271,7 @@ impl Bench<'_> {
 }
 
 /// This program again, as the load generator.
-fn start_load(plan: &Plan) -> anyhow::Result<Child> {
+pub fn start_load(plan: &Plan) -> anyhow::Result<Child> {
     let own = std::env::current_exe().context("finding this program")?;
     let values = [
         ("--url", plan.url.clone()),
@@ -242,6 +299,13 @@ async fn figures(load: Child) -> anyhow::Result<load::Figures> {
 
 pub fn step(what: &str) {
     eprintln!("bench: {what}");
+}
+
+/// Of few values; 0 of none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 /// `target/bench`, from `target/release/bench`.

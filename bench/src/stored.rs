@@ -2,20 +2,21 @@
 //! stored, and how PostgreSQL found the answers, by its own count.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
 use hyper::StatusCode;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
-use uuid::Uuid;
 
+use crate::cached;
 use crate::database::Database;
 use crate::http::{Address, Answer, Connection};
+use crate::indexes;
 use crate::process;
-use crate::product::{self, Product};
-use crate::run::{self, step};
-use crate::topics::Topics;
+use crate::product;
+use crate::run::{self, Bench, Ground, Servers, step};
 use client::latency::Latencies;
 use client::table;
 
@@ -34,13 +35,15 @@ const FLAT: f64 = 1.5;
 const COUNTED_WITHIN: Duration = Duration::from_secs(30);
 
 pub struct Options {
-    pub postgres_dsn: String,
-    pub kafka_brokers: String,
-    pub kafka_config: String,
+    pub servers: Servers,
     /// How many orders are stored, ascending.
     pub sizes: Vec<u64>,
     /// Of each question.
     pub requests: usize,
+    /// Of the load with and without each index.
+    pub rounds: usize,
+    /// A Redis to read through as well, `host:port`.
+    pub redis: Option<String>,
 }
 
 /// A question, and the paths that ask it.
@@ -51,7 +54,7 @@ struct Question {
     index: &'static str,
 }
 
-/// The table of all answers.
+/// The tables: of all answers, of what each index costs, of answers through Redis.
 ///
 /// # Errors
 /// When an answer is wrong, or was not found as it should be.
@@ -59,24 +62,31 @@ pub async fn run(options: &Options, interrupted: impl Future<Output = ()>) -> an
     product::ensure_built(&process::own_folder()?)?;
     let folder = run::default_folder()?;
     std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    let name = format!("bench_{}", Uuid::now_v7().simple());
-    let topics = Topics::named(&name);
-    let database = Database::create(&options.postgres_dsn, &name).await?;
-    let measured = async {
-        let product = Product::start(&process::own_folder()?, &database, &topics, &folder).await?;
-        let table = measure(options, &database, product.address()).await;
-        product.stop().await?;
-        table
-    };
+    let ground = Ground::create(&options.servers).await?;
     let result = tokio::select! {
-        result = measured => result,
+        result = all(options, &ground, &folder) => result,
         () = interrupted => Err(anyhow::anyhow!("interrupted")),
     };
-    database.remove().await?;
-    if let Err(error) = topics.remove(&options.kafka_brokers, &options.kafka_config).await {
+    if let Err(error) = ground.remove(&options.servers).await {
         eprintln!("tidying up: {error:#}");
     }
     result
+}
+
+async fn all(options: &Options, ground: &Ground, folder: &Path) -> anyhow::Result<String> {
+    let mut product = ground.start(&process::own_folder()?, &[], folder).await?;
+    let mut text = measure(options, &ground.database, product.address()).await?;
+    if options.rounds > 0 {
+        let mut bench = Bench::new(indexes::WARM_UP, indexes::MEASURE);
+        text.push('\n');
+        text.push_str(&indexes::run(&mut bench, &mut product, &ground.database, options.rounds).await?);
+    }
+    if let Some(redis) = &options.redis {
+        text.push('\n');
+        text.push_str(&cached::run(ground, &product, redis, folder).await?);
+    }
+    product.stop().await?;
+    Ok(text)
 }
 
 async fn measure(options: &Options, database: &Database, address: &Address) -> anyhow::Result<String> {
@@ -94,8 +104,8 @@ async fn measure(options: &Options, database: &Database, address: &Address) -> a
         settled(&client).await?;
         let before = counted(&client).await?;
         for question in &questions {
-            let latencies = ask(&mut connection, address, question, options.requests).await?;
-            expect(&mut expected, question, (options.requests + WARM_UP) as u64);
+            let (latencies, rows) = ask(&mut connection, address, question, options.requests).await?;
+            expect(&mut expected, question, (options.requests + WARM_UP) as u64, rows);
             match seen.iter_mut().find(|(name, _)| *name == question.name) {
                 Some((_, all)) => all.push(latencies),
                 None => seen.push((question.name, vec![latencies])),
@@ -132,7 +142,7 @@ async fn fill(client: &Client, from: u64, to: u64) -> anyhow::Result<()> {
          drop table filling"
     );
     client.batch_execute(&rows).await.context("storing orders")?;
-    for table in ["orders", "order_refs", "order_events"] {
+    for table in ["orders", "order_refs", "order_events", "order_states"] {
         client.batch_execute(&format!("vacuum analyze {table}")).await.context("looking through them")?;
     }
     Ok(())
@@ -195,24 +205,28 @@ async fn deep_pages(connection: &mut Connection, address: &Address, stored: u64)
     Ok(walked.split_off(walked.len().saturating_sub(KEPT)))
 }
 
+/// What the answers took, and how many orders were read for them: one more than a page holds shows
+/// that there is another page.
 async fn ask(
     connection: &mut Connection,
     address: &Address,
     question: &Question,
     requests: usize,
-) -> anyhow::Result<Latencies> {
-    let mut latencies = Latencies::new()?;
+) -> anyhow::Result<(Latencies, u64)> {
+    let (mut latencies, mut rows) = (Latencies::new()?, 0);
     for (turn, path) in question.paths.iter().cycle().take(WARM_UP + requests).enumerate() {
         let began = Instant::now();
-        get(connection, address, path).await?;
+        let answer = get(connection, address, path).await?;
         if turn >= WARM_UP {
             latencies.record(began.elapsed());
         }
+        let listed = serde_json::from_slice::<Vec<serde::de::IgnoredAny>>(&answer.body).map_or(1, |page| page.len());
+        rows += listed as u64 + u64::from(answer.headers.contains_key("link"));
     }
-    Ok(latencies)
+    Ok((latencies, rows))
 }
 
-async fn get(connection: &mut Connection, address: &Address, path: &str) -> anyhow::Result<Answer> {
+pub(crate) async fn get(connection: &mut Connection, address: &Address, path: &str) -> anyhow::Result<Answer> {
     let answer = connection.get(address.path(path)?).await.with_context(|| format!("GET {path}"))?;
     if answer.status != StatusCode::OK {
         bail!("GET {path} was answered {}: {}", answer.status, String::from_utf8_lossy(&answer.body));
@@ -228,16 +242,18 @@ const WHOLE: &str = "whole tables";
 async fn counted(client: &Client) -> anyhow::Result<Scans> {
     let sql = "
         select case when relname like 'order_refs%' then 'refs'
+                    when relname = 'order_states' then 'status'
                     when indexrelname like '%_pkey' then 'pkey'
                     when indexrelname like '%_p__user_id_%' then 'user_id'
-                    when indexrelname like '%_p__status_%' then 'status'
                     when indexrelname like '%_p__created_at_%' then 'created_at' end,
             sum(idx_scan)::bigint
-        from pg_stat_user_indexes where relname like 'orders\\_p_' or relname like 'order\\_refs\\_p_'
+        from pg_stat_user_indexes
+        where relname like 'orders\\_p_' or relname like 'order\\_refs\\_p_' or relname = 'order_states'
         group by 1
         union all
         select 'whole tables', sum(seq_scan)::bigint
-        from pg_stat_user_tables where relname like 'orders\\_p_' or relname like 'order\\_refs\\_p_'";
+        from pg_stat_user_tables
+        where relname like 'orders\\_p_' or relname like 'order\\_refs\\_p_' or relname = 'order_states'";
     let known = ["refs", "pkey", "user_id", "status", "created_at", WHOLE];
     let rows = client.query(sql, &[]).await.context("asking what was searched")?;
     let mut scans = Scans::new();
@@ -265,14 +281,19 @@ async fn settled(client: &Client) -> anyhow::Result<Scans> {
     Ok(last)
 }
 
-/// One order is in one partition; a list is one range of one index in each of four.
-fn expect(expected: &mut Scans, question: &Question, requests: u64) {
+/// One order is in one partition; a list is one range of one index in each of four; orders in a state
+/// are one range of one index, and each is looked up in its partition.
+fn expect(expected: &mut Scans, question: &Question, requests: u64, rows: u64) {
     let mut add = |index, count| *expected.entry(index).or_default() += count;
     match question.index {
         "pkey" => add("pkey", requests),
         "refs" => {
             add("refs", requests);
             add("pkey", requests);
+        }
+        "status" => {
+            add("status", requests);
+            add("pkey", rows);
         }
         list => add(list, requests * 4),
     }
@@ -313,7 +334,7 @@ fn render(options: &Options, seen: &[(&'static str, Vec<Latencies>)], scans: &[S
     for (size, scans) in options.sizes.iter().zip(scans) {
         text.push_str(&format!(
             "{size} orders: by id and by external id searched one partition each, lists one index on each of the \
-             four, no table was read whole: {scans:?}\n"
+             four (by state: the one of states, and each order by its id), no table was read whole: {scans:?}\n"
         ));
     }
     let at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();

@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use bench::bulk;
 use bench::compare;
 use bench::load::{self, Plan};
-use bench::run::{self, Options};
+use bench::run::{self, Options, Servers};
 use bench::stored;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
@@ -29,7 +30,9 @@ Examples:
   bench --callers 64,512 --measure 10s
   bench --beside ../before/target/release --rounds 5 --callers 256
   bench --parked 5000 --keep
-  bench stored --orders 10000,1000000"
+  bench stored --orders 10000,1000000
+  bench stored --redis 127.0.0.1:6379 --rounds 0
+  bench bulk --lines 1000000"
 )]
 struct Args {
     #[command(subcommand)]
@@ -43,22 +46,17 @@ enum Command {
     /// The load generator alone, as the benchmark starts it.
     #[command(hide = true)]
     Load(Plan),
-    /// What reading costs with few and with many orders stored.
+    /// What reading costs with few and with many orders stored, and what each list's index costs
+    /// whoever writes.
     Stored(StoredArgs),
+    /// Many orders in one request, beside as many requests.
+    Bulk(BulkArgs),
 }
 
 #[derive(clap::Args)]
 struct StoredArgs {
-    /// A PostgreSQL on which databases may be created.
-    #[arg(long, env = "POSTGRES_DSN", hide_env_values = true, default_value = "")]
-    postgres_dsn: String,
-
-    #[arg(long, env = "KAFKA_BROKERS", default_value = "")]
-    kafka_brokers: String,
-
-    /// librdkafka properties, as key=value,key=value.
-    #[arg(long, env = "KAFKA_CONFIG", hide_env_values = true, default_value = "")]
-    kafka_config: String,
+    #[command(flatten)]
+    servers: Servers,
 
     /// How many orders are stored, ascending; each at least 10000.
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "10000,1000000", value_parser = clap::value_parser!(u64).range(10_000..))]
@@ -67,20 +65,30 @@ struct StoredArgs {
     /// Of each question.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     requests: u32,
+
+    /// Of the load with and without each index; 0 leaves it out.
+    #[arg(long, default_value_t = 3)]
+    rounds: u8,
+
+    /// A Redis, as host:port: what reading through it gains.
+    #[arg(long, value_name = "ADDRESS")]
+    redis: Option<String>,
+}
+
+#[derive(clap::Args)]
+struct BulkArgs {
+    #[command(flatten)]
+    servers: Servers,
+
+    /// Of each request.
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1000..))]
+    lines: u64,
 }
 
 #[derive(clap::Args)]
 struct RunArgs {
-    /// A PostgreSQL on which databases may be created.
-    #[arg(long, env = "POSTGRES_DSN", hide_env_values = true, default_value = "")]
-    postgres_dsn: String,
-
-    #[arg(long, env = "KAFKA_BROKERS", default_value = "")]
-    kafka_brokers: String,
-
-    /// librdkafka properties, as key=value,key=value.
-    #[arg(long, env = "KAFKA_CONFIG", hide_env_values = true, default_value = "")]
-    kafka_config: String,
+    #[command(flatten)]
+    servers: Servers,
 
     /// How many callers at once, one measurement each.
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,16,64,256,512")]
@@ -121,6 +129,7 @@ fn main() -> ExitCode {
     let result = match args.command {
         Some(Command::Load(plan)) => offer(&plan),
         Some(Command::Stored(args)) => read(args),
+        Some(Command::Bulk(args)) => send(args),
         None => measure(args.run),
     };
     match result {
@@ -138,37 +147,35 @@ fn offer(plan: &Plan) -> anyhow::Result<()> {
 }
 
 fn read(args: StoredArgs) -> anyhow::Result<()> {
-    check_servers(&args.postgres_dsn, &args.kafka_brokers)?;
+    args.servers.check()?;
     ensure!(args.orders.is_sorted_by(|fewer, more| fewer < more), "--orders: must be ascending");
     let options = stored::Options {
-        postgres_dsn: args.postgres_dsn,
-        kafka_brokers: args.kafka_brokers,
-        kafka_config: args.kafka_config,
+        servers: args.servers,
         sizes: args.orders,
         requests: usize::try_from(args.requests)?,
+        rounds: args.rounds.into(),
+        redis: args.redis,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
     println!("{}", runtime.block_on(stored::run(&options, interrupted()))?);
     Ok(())
 }
 
-fn check_servers(postgres: &str, kafka: &str) -> anyhow::Result<()> {
-    for (value, key) in [(postgres, "POSTGRES_DSN"), (kafka, "KAFKA_BROKERS")] {
-        ensure!(!value.is_empty(), "{key} is not set; `make bench` provides it");
-    }
+fn send(args: BulkArgs) -> anyhow::Result<()> {
+    args.servers.check()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    println!("{}", runtime.block_on(bulk::run(&args.servers, args.lines, interrupted()))?);
     Ok(())
 }
 
 fn measure(args: RunArgs) -> anyhow::Result<()> {
-    check_servers(&args.postgres_dsn, &args.kafka_brokers)?;
+    args.servers.check()?;
     ensure!(!args.callers.contains(&0), "--callers: 0 callers measure nothing");
     if cfg!(debug_assertions) {
         eprintln!("bench: this is a debug build: its figures mean nothing");
     }
     let options = Options {
-        postgres_dsn: args.postgres_dsn,
-        kafka_brokers: args.kafka_brokers,
-        kafka_config: args.kafka_config,
+        servers: args.servers,
         callers: args.callers,
         warm_up: args.warm_up,
         measure: args.measure,
