@@ -30,6 +30,7 @@ mod retail_api;
 mod scenarios;
 mod schema;
 mod secure;
+mod seeds;
 mod settings;
 mod shutdown;
 mod waiting;
