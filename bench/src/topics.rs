@@ -36,7 +36,8 @@ impl Topics {
         let deleted = admin.delete_topics(&[self.events.as_str(), self.acks.as_str()], &options).await;
         // What a run that failed early has not made cannot be deleted, and need not be.
         deleted.context("deleting topics")?;
-        admin.delete_groups(&[self.group.as_str()], &options).await.context("deleting the group")?;
+        let received = format!("{}.received", self.group);
+        admin.delete_groups(&[self.group.as_str(), &received], &options).await.context("deleting the groups")?;
         Ok(())
     }
 }

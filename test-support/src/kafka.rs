@@ -230,12 +230,15 @@ impl TestKafka {
         blocking(move || read_to_the_end(&config, &topic, &partitions)).await
     }
 
-    /// How many records of the topic the test's worker group has not yet committed.
+    /// How many records of the topic the test's workers have not yet committed.
     pub async fn lag(&self, topic: &str) -> i64 {
         let partitions =
             self.partitions(topic).await.unwrap_or_else(|error| panic!("looking for topic {topic}: {error}"));
         let mut config = self.reader();
-        config.set("group.id", &self.topics.group);
+        let group = &self.topics.group;
+        // What lifecycles receive has a group of its own.
+        let group = if topic == self.topics.events { group.clone() } else { format!("{group}.received") };
+        config.set("group.id", group);
         let topic = topic.to_owned();
         blocking(move || lag_of_group(&config, &topic, &partitions)).await
     }

@@ -54,7 +54,8 @@ pub struct WorkerSettings {
     /// Port of /health, /ready and /metrics, or address and port; 0 takes a free one, off none
     #[arg(long, env = "WORKER_PORT", value_name = "WORKER_PORT", default_value = "9081")]
     pub worker_port: Listen,
-    /// Consumer group; workers of one group share the work
+    /// Consumer group; workers of one group share the work. What lifecycles receive is read by a second group, with
+    /// .received behind this name
     #[arg(long, env = "WORKER_GROUP", value_name = "WORKER_GROUP", default_value = "order-workers", value_parser = group)]
     pub worker_group: String,
 }

@@ -109,7 +109,9 @@ fn consumer(settings: &KafkaSettings, group: &str) -> anyhow::Result<StreamConsu
             // A killed worker's partitions are served by others after this time. The broker's own
             // lower limit (group.min.session.timeout.ms) is 6 s.
             ("session.timeout.ms", "6000"),
-            ("heartbeat.interval.ms", "2000"),
+            // What a member learns of another that joins, leaves or dies, it learns by its heartbeat;
+            // and one that dies before all have joined again counts as alive until then.
+            ("heartbeat.interval.ms", "500"),
             ("enable.auto.offset.store", "false"),
             ("auto.commit.interval.ms", "1000"),
             // A new group begins with what was accepted before it existed.

@@ -128,14 +128,19 @@ async fn work(
     let parking = Parking { handler: handler.clone(), topics }.run(leaving.clone());
     let events = [config.kafka.orders_events_topic.as_str()];
     let received: Vec<&str> = handler.lifecycles.received_topics().collect();
-    let read = |topics| {
+    // A group each: two members of one process in the same group make each other join twice, and a
+    // member that dies while it joins is missed only after two sessions' time.
+    let group = &config.worker.worker_group;
+    let others_group = format!("{group}.received");
+    let read = |topics, group| {
         let (handler, producer, leaving) = (handler.clone(), producer.clone(), leaving.clone());
-        consumer::run(handler, producer, &config.kafka, &config.worker.worker_group, topics, leaving)
+        consumer::run(handler, producer, &config.kafka, group, topics, leaving)
     };
     let reading = async {
         // The first that fails ends all.
-        let received = async { if received.is_empty() { Ok(()) } else { read(received.as_slice()).await } };
-        tokio::try_join!(read(events.as_slice()), received).map(drop)
+        let received =
+            async { if received.is_empty() { Ok(()) } else { read(received.as_slice(), &others_group).await } };
+        tokio::try_join!(read(events.as_slice(), group), received).map(drop)
     };
     let others = async { tokio::join!(clocks, parking) };
     tokio::pin!(reading, others);

@@ -5,14 +5,15 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::json;
-use test_support::{Accepted, CommitGate, HttpClient, System, alone, eventually, item, order};
-use tokio::time::Instant;
+use test_support::{Accepted, CommitGate, HttpClient, System, Worker, alone, eventually, item, order};
+use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use crate::load::{self, Load, Replicas};
 use crate::scenarios::unique;
 
 const KILLS: usize = 20;
+const JOINS: usize = 4;
 
 /// What a killed worker's callers wait at most until another serves them.
 const ANSWERS_RESUME_WITHIN: Duration = Duration::from_secs(10);
@@ -56,6 +57,26 @@ async fn twenty_kills_of_api_and_worker_under_load_lose_and_double_nothing() {
     }
     for worker in &workers {
         worker.assert_healthy().await;
+    }
+}
+
+/// In the middle of it the dead one counts as alive until the others have answered the group, and
+/// only then begins its time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_while_another_joins_is_replaced_as_soon() {
+    let _turn = alone().await;
+    for round in 0..JOINS {
+        // Of its own: two deaths within a session's time take two of them.
+        let system = System::new().await;
+        let (api, serving) = (system.api().await, system.worker().await);
+        let joining = Worker::spawn(&system.settings()).await;
+        // A random moment of its joining, which is the same for whoever of both dies.
+        sleep(Duration::from_millis(random(1500) as u64)).await;
+        let (dies, stays) = if round % 2 == 0 { (serving, joining) } else { (joining, serving) };
+        dies.kill9();
+        let accepted = answers_resume(api.shared_http(), Instant::now()).await;
+        system.ledger().check(accepted).await;
+        stays.assert_healthy().await;
     }
 }
 
