@@ -75,7 +75,8 @@ async fn remove(client: &Client, index: &Index) -> anyhow::Result<String> {
         Index::Named(name) => {
             let sql = "select pg_get_indexdef($1::text::regclass)";
             let again: String = client.query_one(sql, &[name]).await.context("asking for an index")?.try_get(0)?;
-            (format!("drop index {name}"), again)
+            // On the partitions too, not on the empty table above them alone.
+            (format!("drop index {name}"), again.replace(" ON ONLY ", " ON "))
         }
         Index::States => {
             let all =
