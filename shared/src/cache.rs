@@ -5,18 +5,19 @@
 //! Whoever changes an order forgets it here after the commit and before anybody is answered. A reader
 //! may have read just before that commit and keep it just after: so what is forgotten leaves a mark,
 //! for longer than a reader may take, and what is read is kept only where nothing is. What can go
-//! wrong with that (Redis is away or stands still while an order changes, or a process dies between
-//! the commit and the mark) leaves an order as it was for `CACHE_TTL` and no longer.
+//! wrong with that (Redis is away, full or stands still while an order changes, or a process dies
+//! between the commit and the mark) leaves an order as it was for `CACHE_TTL` and no longer: each
+//! value says when it was read, since what stands still does not forget either.
 
 use std::{
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
 use redis::{
-    Client, ExistenceCheck, RedisError, SetExpiry, SetOptions,
+    Client, ErrorKind, ExistenceCheck, RedisError, SetExpiry, SetOptions,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -33,11 +34,15 @@ const MARK: Duration = Duration::from_secs(1);
 const SLOWEST_READ: Duration = Duration::from_millis(250);
 /// Redis is to be quicker than PostgreSQL, or it is of no use.
 const PATIENCE: Duration = Duration::from_millis(50);
+/// A list of orders of hundreds of kilobytes takes longer than that, and is not asked for often.
+const LARGEST: usize = 256 * 1024;
+/// By how much the clocks of those who read through here may differ.
+const SKEW: Duration = Duration::from_secs(1);
 /// For how long a Redis that failed is left alone.
 const REST: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(5));
 /// Another form of what is kept needs another number here: both releases run side by side for a
 /// while.
-const FORM: &str = "orderstream:1";
+const FORM: &str = "orderstream:2";
 
 /// What is kept.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +71,9 @@ pub struct Cache(Option<Arc<Redis>>);
 struct Redis {
     connection: ConnectionManager,
     ttl: Duration,
-    health: Mutex<Health>,
+    /// Of reading, and of forgetting: what is too slow to read is still to be forgotten.
+    reading: Mutex<Health>,
+    forgetting: Mutex<Health>,
 }
 
 /// Whether Redis is asked.
@@ -74,6 +81,12 @@ struct Health {
     rest: Backoff,
     until: Option<Instant>,
     told: Seldom,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { rest: REST, until: None, told: Seldom::default() }
+    }
 }
 
 impl Cache {
@@ -93,37 +106,40 @@ impl Cache {
             .set_connection_timeout(Some(PATIENCE))
             .set_response_timeout(Some(PATIENCE));
         let connection = ConnectionManager::new_lazy_with_config(client, config).context("REDIS_ADDR")?;
-        let health = Mutex::new(Health { rest: REST, until: None, told: Seldom::default() });
-        Ok(Self(Some(Arc::new(Redis { connection, ttl: settings.cache_ttl, health }))))
+        let (reading, forgetting) = Default::default();
+        Ok(Self(Some(Arc::new(Redis { connection, ttl: settings.cache_ttl, reading, forgetting }))))
     }
 
-    /// What is kept, else what `read` finds, which is kept then. What is not there is never kept.
+    /// What is kept and `is_meant` (whoever may write to Redis could have put another's there), else
+    /// what `read` finds, which is kept then. What is not there is never kept.
     ///
     /// # Errors
     /// Those of `read`.
     pub async fn through<T: Serialize + DeserializeOwned, E>(
         &self,
         key: Key<'_>,
+        is_meant: impl FnOnce(&T) -> bool,
         read: impl Future<Output = Result<Option<T>, E>>,
     ) -> Result<Option<T>, E> {
         let Some(redis) = &self.0 else { return read.await };
         let key = key.to_string();
         match redis.get(&key).await {
-            Looked::Found(json) => {
-                if let Ok(value) = serde_json::from_slice(&json) {
+            Looked::Found(kept) => {
+                let value = redis.fresh(&kept).and_then(|json| serde_json::from_slice(json).ok());
+                if let Some(value) = value.filter(is_meant) {
                     count("hit");
                     return Ok(Some(value));
                 }
                 count("miss");
+                redis.remove(&key).await;
                 read.await
             }
             Looked::Nothing => {
                 count("miss");
-                let began = Instant::now();
+                let (began, at) = (Instant::now(), unix_millis());
                 let value = read.await?;
                 if let Some(value) = value.as_ref().filter(|_| began.elapsed() < SLOWEST_READ) {
-                    // Our own types always serialize.
-                    redis.keep(&key, serde_json::to_vec(value).unwrap_or_default()).await;
+                    redis.keep(&key, at, value).await;
                 }
                 Ok(value)
             }
@@ -167,62 +183,93 @@ impl Redis {
     async fn get(&self, key: &str) -> Looked {
         match self.ask(redis::cmd("GET").arg(key)).await {
             Ok(None) => Looked::Nothing,
-            Ok(Some(json)) if Vec::is_empty(&json) => Looked::Marked,
-            Ok(Some(json)) => Looked::Found(json),
+            Ok(Some(kept)) if Vec::is_empty(&kept) => Looked::Marked,
+            Ok(Some(kept)) => Looked::Found(kept),
             Err(Failed) => Looked::Away,
         }
     }
 
-    async fn keep(&self, key: &str, json: Vec<u8>) {
+    /// The JSON of what was read no longer ago than it may be kept.
+    fn fresh<'a>(&self, kept: &'a [u8]) -> Option<&'a [u8]> {
+        let (at, json) = kept.split_first_chunk()?;
+        let (at, now) = (u64::from_be_bytes(*at), unix_millis());
+        let ttl = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
+        let skew = u64::try_from(SKEW.as_millis()).unwrap_or_default();
+        (now <= at.saturating_add(ttl) && at <= now.saturating_add(skew)).then_some(json)
+    }
+
+    async fn keep(&self, key: &str, at: u64, value: &impl Serialize) {
+        let mut kept = at.to_be_bytes().to_vec();
+        // Our own types always serialize.
+        if serde_json::to_writer(&mut kept, value).is_err() || kept.len() > LARGEST {
+            return;
+        }
         let ttl = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
         let options = SetOptions::default().conditional_set(ExistenceCheck::NX).with_expiration(SetExpiry::PX(ttl));
-        let _: Result<Option<String>, Failed> = self.ask(redis::cmd("SET").arg(key).arg(json).arg(options)).await;
+        let _: Result<Option<String>, Failed> = self.ask(redis::cmd("SET").arg(key).arg(kept).arg(options)).await;
+    }
+
+    /// What is of no use to anybody, that it be kept anew.
+    async fn remove(&self, key: &str) {
+        let _: Result<u64, Failed> = self.ask(redis::cmd("UNLINK").arg(key)).await;
     }
 
     async fn mark(&self, keys: &[String]) {
         let mut pipe = redis::pipe();
+        // Also one that is full takes this, and not always the mark.
+        pipe.cmd("UNLINK").arg(keys).ignore();
         for key in keys {
             pipe.pset_ex(key, "", MARK.as_millis() as u64).ignore();
         }
         let mut connection = self.connection.clone();
-        let marked: Result<(), Failed> = self.asking(pipe.query_async(&mut connection)).await;
+        let marked: Result<(), Failed> = self.asking(&self.forgetting, pipe.query_async(&mut connection)).await;
         count(if marked.is_ok() { "forgotten" } else { "not_forgotten" });
     }
 
     async fn ask<T: redis::FromRedisValue>(&self, command: &redis::Cmd) -> Result<T, Failed> {
         let mut connection = self.connection.clone();
-        self.asking(command.query_async(&mut connection)).await
+        self.asking(&self.reading, command.query_async(&mut connection)).await
     }
 
-    /// Under the deadline, unless Redis has just failed.
-    async fn asking<T>(&self, asked: impl Future<Output = Result<T, RedisError>>) -> Result<T, Failed> {
-        if self.health().until.is_some_and(|until| Instant::now() < until) {
+    /// Under the deadline, unless Redis has just failed at the like.
+    async fn asking<T>(
+        &self,
+        health: &Mutex<Health>,
+        asked: impl Future<Output = Result<T, RedisError>>,
+    ) -> Result<T, Failed> {
+        let health = || health.lock().unwrap_or_else(PoisonError::into_inner);
+        if health().until.is_some_and(|until| Instant::now() < until) {
             return Err(Failed);
         }
-        let error = match tokio::time::timeout(PATIENCE, asked).await {
+        let (error, is_away) = match tokio::time::timeout(PATIENCE, asked).await {
             Ok(Ok(value)) => {
-                let mut health = self.health();
+                let mut health = health();
                 if health.until.take().is_some() {
                     health.rest.reset();
                 }
                 return Ok(value);
             }
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {PATIENCE:?}"),
+            // What it refuses it has heard: this key is of another kind, there is no room.
+            Ok(Err(error)) => (error.to_string(), !matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)),
+            Err(_) => (format!("no answer within {PATIENCE:?}"), true),
         };
         metrics::counter!("orderstream_cache_failures_total").increment(1);
-        let mut health = self.health();
-        let rest = health.rest.delay();
-        health.until = Some(Instant::now() + rest);
+        let mut health = health();
+        if is_away {
+            let rest = health.rest.delay();
+            health.until = Some(Instant::now() + rest);
+        }
         if health.told.is_due(&error) {
-            tracing::warn!(error, "Redis is away; orders are read from PostgreSQL alone");
+            let what = if is_away { "is away; orders are read from PostgreSQL alone" } else { "refuses" };
+            tracing::warn!(error, "Redis {what}");
         }
         Err(Failed)
     }
+}
 
-    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn unix_millis() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Redis is away, or was a moment ago. It has been told.

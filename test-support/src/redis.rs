@@ -65,7 +65,7 @@ impl PrivateRedis {
     }
 
     /// The first line of the answer to an inline command (Redis serialization protocol).
-    async fn ask(&self, command: &str) -> std::io::Result<String> {
+    pub async fn ask(&self, command: &str) -> std::io::Result<String> {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).await?;
         stream.write_all(format!("{command}\r\n").as_bytes()).await?;
         let mut answer = Vec::new();

@@ -154,7 +154,10 @@ async fn find(app: &App, asked: &Asked) -> Result<Page, Problem> {
         let page = async { list::orders(db, &filter, asked.limit).await.map(Some) };
         let page = match &asked.user_id {
             // What is asked for most, and therefore kept.
-            Some(user_id) if asked.is_first_page() => app.orders.cache.through(Key::List(user_id), page).await?,
+            Some(user_id) if asked.is_first_page() => {
+                let is_theirs = |page: &Page| page.orders.iter().all(|order| order.user_id == *user_id);
+                app.orders.cache.through(Key::List(user_id), is_theirs, page).await?
+            }
             _ => page.await?,
         };
         return page.ok_or(Problem::Internal);

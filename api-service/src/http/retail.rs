@@ -303,7 +303,10 @@ async fn users_page(
     let turned = Turned::to(query, pages::DEPTH_OF_USER)?;
     let page = async { pages::of_user(&app.orders.db, user_id, turned.size, turned.offset()).await.map(Some) };
     let page = match turned {
-        Turned::FIRST => app.orders.cache.through(Key::Page(user_id), page).await?,
+        Turned::FIRST => {
+            let is_theirs = |page: &pages::Page| page.orders.iter().all(|order| order.user_id == *user_id);
+            app.orders.cache.through(Key::Page(user_id), is_theirs, page).await?
+        }
         _ => page.await?,
     };
     Ok(turned.render(page.ok_or(Problem::Internal)?))

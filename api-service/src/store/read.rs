@@ -134,7 +134,7 @@ pub(crate) async fn order(db: &Db, order_id: Uuid) -> Result<Option<Order>, DbEr
 
 /// The same, perhaps as it was kept a moment ago.
 pub(crate) async fn order_kept(cache: &Cache, db: &Db, order_id: Uuid) -> Result<Option<Order>, DbError> {
-    cache.through(Key::Order(order_id), order(db, order_id)).await
+    cache.through(Key::Order(order_id), |kept: &Order| kept.order_id == order_id, order(db, order_id)).await
 }
 
 /// The order that has this external id of this user now, deleted or not.

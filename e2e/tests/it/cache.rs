@@ -78,6 +78,68 @@ async fn what_is_kept_is_as_it_reads_and_forgotten_on_every_change_of_either_bin
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_others_have_put_into_redis_is_no_answer() {
+    let _turn = beside_others().await;
+    let redis = PrivateRedis::start().await;
+    let system = with_redis(&redis, "10m").await;
+    let (api, _worker) = (system.api().await, system.worker().await);
+    let http = api.http();
+    let mut ids = Vec::new();
+    for user in ["a", "b"] {
+        ids.push(http.post_order(&order(user)).await.expect_status(201).text("order_id"));
+    }
+    let kinds =
+        [("order", ids.as_slice(), "/orders/"), ("list", &["a".to_owned(), "b".to_owned()], "/orders?user_id=")];
+    for (kind, [one, other], path) in kinds.map(|(kind, names, path)| (kind, [&names[0], &names[1]], path)) {
+        let (own, foreign) = (format!("orderstream:2:{kind}:{one}"), format!("orderstream:2:{kind}:{other}"));
+        let path = format!("{path}{one}");
+        read_until_kept(http, &path).await;
+        read_until_kept(http, &path.replace(one.as_str(), other)).await;
+        let right = http.get(&path).await.expect_status(200).body;
+        for command in [
+            format!("COPY {foreign} {own} REPLACE"),
+            format!("SET {own} garbage"),
+            format!("SET {own} {}", "9".repeat(100)),
+            format!("DEL {own}"),
+        ] {
+            redis.ask(&command).await.expect("an answer");
+            assert_eq!(http.get(&path).await.expect_status(200).body, right, "after {command}");
+            // It is kept anew.
+            read_until_kept(http, &path).await;
+        }
+        // Of another kind altogether; that is nobody else's trouble.
+        redis.ask(&format!("DEL {own}")).await.expect("an answer");
+        redis.ask(&format!("LPUSH {own} x")).await.expect("an answer");
+        assert_eq!(http.get(&path).await.expect_status(200).body, right);
+    }
+    assert!(api.http().metric("orderstream_cache_failures_total").await >= 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_while_redis_is_full_is_forgotten_all_the_same() {
+    let _turn = beside_others().await;
+    let redis = PrivateRedis::start().await;
+    let system = with_redis(&redis, "10m").await;
+    let (one, other, _worker) = (system.api().await, system.api().await, system.worker().await);
+    let id = one.http().post_order(&order("a")).await.expect_status(201).text("order_id");
+    let path = format!("/orders/{id}");
+    for command in ["CONFIG SET maxmemory-policy noeviction", "CONFIG SET maxmemory 0"] {
+        assert_eq!(redis.ask(command).await.expect("an answer"), "+OK");
+    }
+    for http in [one.http(), other.http()] {
+        read_until_kept(http, &path).await;
+    }
+    assert_eq!(redis.ask("CONFIG SET maxmemory 1").await.expect("an answer"), "+OK");
+    for n in 0..5 {
+        let answer = one.http().post_order(&json!({ "order_id": id, "notes": format!("note {n}") })).await;
+        let version = answer.expect_status(200).number("order_version");
+        for http in [one.http(), other.http()] {
+            assert_eq!(http.get(&path).await.number("version"), version);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn redis_killed_frozen_and_emptied_under_load_makes_no_error_and_no_read_older_than_its_bound() {
     const ORDERS: usize = 16;
     const BOUND: Duration = Duration::from_secs(2);
