@@ -109,7 +109,9 @@ fn bearer(value: &str) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim()).filter(|token| !token.is_empty())
 }
 
-/// A header that may be there once, trimmed. Twice would let each who reads it choose another.
+/// A header that may be there once, without the blanks around it (RFC 9110, section 5.5): other white
+/// space is part of a name, and without it the name would be somebody else's. Twice would let each
+/// who reads it choose another.
 fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, Problem> {
     let mut values = headers.get_all(name).iter();
     let Some(value) = values.next() else { return Ok(None) };
@@ -117,7 +119,7 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>
         return Err(Problem::Malformed(format!("the header {name} is given twice")));
     }
     match std::str::from_utf8(value.as_bytes()) {
-        Ok(text) => Ok(Some(text.trim())),
+        Ok(text) => Ok(Some(text.trim_matches([' ', '\t']))),
         Err(_) => Err(Problem::Malformed(format!("the header {name} is not UTF-8"))),
     }
 }
@@ -131,7 +133,7 @@ mod tests {
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
         let mut headers = HeaderMap::new();
         for (name, value) in pairs {
-            headers.append(*name, HeaderValue::from_static(value));
+            headers.append(*name, HeaderValue::from_bytes(value.as_bytes()).unwrap());
         }
         headers
     }
@@ -153,8 +155,20 @@ mod tests {
         for role in ["service", "admin"] {
             assert!(of(role).sees("b") && of(role).user() == Some("a"));
         }
-        for role in ["", "user", "Admin", "admin,service"] {
+        for role in ["", "user", "Admin", "admin,service", "admin\u{a0}"] {
             assert!(!of(role).sees("b") && of(role).sees("a"));
+        }
+    }
+
+    #[test]
+    fn only_blanks_around_a_name_are_none_of_it() {
+        for other in ["a\u{a0}", "\u{3000}a", "a\u{85}", "\u{2003}a"] {
+            let mut headers = HeaderMap::new();
+            headers.insert("x-user-id", HeaderValue::from_bytes(other.as_bytes()).unwrap());
+            for identity in [Identity::None, Identity::Header] {
+                let caller = identity.caller(&headers).unwrap();
+                assert!(!caller.sees("a") && caller.user() == Some(other), "{other:?}");
+            }
         }
     }
 

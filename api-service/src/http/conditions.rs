@@ -91,16 +91,19 @@ fn scope(caller: &Caller, user_id: Option<&str>, target: Option<&Target>) -> Str
     }
 }
 
-/// The key, quoted (a string of RFC 8941) or bare.
+/// The key, quoted (a string of RFC 8941) or bare. With a comma or a quote in it a bare one may be two
+/// that a proxy has joined.
 fn key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
     let text = value.to_str().ok().filter(|_| values.next().is_none()).map(str::trim);
-    let text = text.map(|text| text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text));
-    match text {
-        Some(key) if !key.is_empty() && key.len() <= MAX_KEY => Ok(Some(key.to_owned())),
+    let quoted = |text: &str| text.len() > 1 && text.starts_with('"') && text.ends_with('"');
+    let key = text.map(|text| if quoted(text) { &text[1..text.len() - 1] } else { text });
+    let is_one = |key: &str| !key.contains('"') && (!key.contains(',') || text.is_some_and(quoted));
+    match key {
+        Some(key) if !key.is_empty() && key.len() <= MAX_KEY && is_one(key) => Ok(Some(key.to_owned())),
         _ => Err(Problem::Malformed(format!(
-            "Idempotency-Key must be given once, with 1 to {MAX_KEY} characters of ASCII"
+            "Idempotency-Key must be given once, with 1 to {MAX_KEY} characters of ASCII, and in quotes where it has a comma"
         ))),
     }
 }
@@ -134,7 +137,10 @@ mod tests {
         let of = |values: &[&'static str]| key(&headers(IDEMPOTENCY_KEY, values));
         assert_eq!(of(&[]).unwrap(), None);
         assert_eq!(of(&["\"8e03978e\""]).unwrap(), of(&["8e03978e"]).unwrap());
-        for broken in [&[""][..], &["\"\""], &["a", "a"]] {
+        assert_eq!(of(&["\"a,b\""]).unwrap().as_deref(), Some("a,b"));
+        for broken in
+            [&[""][..], &["\"\""], &["\""], &["a", "a"], &["\"a\", \"b\""], &["a, b"], &["\"a\";p=1"], &["\"a"]]
+        {
             assert!(matches!(of(broken), Err(Problem::Malformed(_))), "{broken:?}");
         }
     }
