@@ -289,8 +289,9 @@ impl Task {
                 keys.extend(command.keys());
                 batch.push(command);
             }
-            // One order changed again and again must not grow this beyond all bounds.
-            if again.len() >= BATCH {
+            // One order changed again and again must not grow this beyond all bounds; and as long as it
+            // does not, all other orders go past it.
+            if again.len() >= QUEUE {
                 break;
             }
         }

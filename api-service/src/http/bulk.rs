@@ -8,7 +8,12 @@
 mod answer;
 mod lines;
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Extension,
@@ -30,15 +35,16 @@ use tokio_util::{
 };
 use utoipa::IntoParams;
 use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_128;
 
 use self::{
     answer::Summary,
-    lines::{Cut, Line, Lines},
+    lines::{BYTE_ORDER_MARK, Cut, Line, Lines},
 };
 use super::{
     App, BODY_TIMEOUT,
     openapi::{self, ProblemDetails},
-    orders::{DRAIN_LIMIT, read_body, trace},
+    orders::{DRAIN_LIMIT, is_coded, read_body, trace},
 };
 use crate::{
     error::{MAX_ERRORS, Problem},
@@ -50,6 +56,8 @@ use crate::{
 
 /// Bulk requests at once: each holds a line, results that are not taken yet, and refusals.
 const PLACES: usize = 32;
+/// Those of one user.
+const PLACES_OF_ONE: usize = 8;
 /// Lines of one request that are queued, or whose results nobody has taken yet: what the writer
 /// takes of all bulk requests together, so that one alone keeps it busy.
 const WINDOW: usize = 1_024;
@@ -70,17 +78,47 @@ const TOGETHER_LINES: usize = 10_000;
 const TOGETHER_BYTES: usize = 16 * 1024 * 1024;
 /// So many such requests are held at the same time; the next waits before it is read.
 const TOGETHER_PLACES: usize = 2;
-/// Broken rules kept of such a request; beyond that, one of each line.
-const TOGETHER_ERRORS: usize = 10_000;
+/// What broken rules are kept of such a request, in bytes; beyond that, the beginning of one of each
+/// line.
+const TOGETHER_ERRORS: usize = 1024 * 1024;
+const BEGINNING: usize = 64;
 
 pub(crate) struct Places {
     any: Arc<Semaphore>,
+    /// Of users; those without a request are forgotten when there are many.
+    of_one: Mutex<HashMap<String, Arc<Semaphore>>>,
     together: Arc<Semaphore>,
 }
 
 impl Default for Places {
     fn default() -> Self {
-        Self { any: Arc::new(Semaphore::new(PLACES)), together: Arc::new(Semaphore::new(TOGETHER_PLACES)) }
+        Self {
+            any: Arc::new(Semaphore::new(PLACES)),
+            of_one: Mutex::default(),
+            together: Arc::new(Semaphore::new(TOGETHER_PLACES)),
+        }
+    }
+}
+
+/// A place among all and, of one user, among that one's.
+type Place = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
+
+impl Places {
+    fn take(&self, caller: &Caller) -> Result<Place, Problem> {
+        let any = self.any.clone().try_acquire_owned();
+        let any = any.map_err(|_| Problem::Unavailable("too many bulk requests at once"))?;
+        // Who acts for others has as many as there are.
+        let Some(user) = caller.only() else { return Ok((any, None)) };
+        let own = {
+            let mut of_one = self.of_one.lock().unwrap_or_else(PoisonError::into_inner);
+            if of_one.len() > PLACES {
+                of_one.retain(|_, own| own.available_permits() < PLACES_OF_ONE);
+            }
+            of_one.entry(user.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(PLACES_OF_ONE))).clone()
+        };
+        let own =
+            own.try_acquire_owned().map_err(|_| Problem::Unavailable("too many bulk requests of one user at once"))?;
+        Ok((any, Some(own)))
     }
 }
 
@@ -125,15 +163,17 @@ pub(super) async fn submit(
     let (parts, body) = request.into_parts();
     check_headers(&parts.headers)?;
     let policy = Policy::of(parts.uri.query().unwrap_or_default())?;
-    let place = app.bulk_places.any.clone().try_acquire_owned();
-    let place = place.map_err(|_| Problem::Unavailable("too many bulk requests at once"))?;
+    let place = app.bulk_places.take(&caller)?;
     match policy {
-        Policy::RejectFailed => Ok(each(app, caller, &parts.headers, body, place)),
+        Policy::RejectFailed => each(app, caller, &parts.headers, body, place).await,
         Policy::RejectAll => together(&app, &caller, &parts.headers, body, place).await,
     }
 }
 
 fn check_headers(headers: &HeaderMap) -> Result<(), Problem> {
+    if is_coded(headers) {
+        return Err(Problem::NotNdjson);
+    }
     if let Some(value) = headers.get(header::CONTENT_TYPE) {
         let essence = value.to_str().ok().and_then(|value| value.split(';').next());
         let essence = essence.map(|essence| essence.trim().to_ascii_lowercase());
@@ -160,18 +200,14 @@ enum Policy {
 
 impl Policy {
     fn of(query: &str) -> Result<Self, Problem> {
-        let mut policy = Self::RejectFailed;
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            policy = match pair {
-                "policy=reject-failed" => Self::RejectFailed,
-                "policy=reject-all" => Self::RejectAll,
-                _ => {
-                    let reason = "the query can only be policy=reject-failed or policy=reject-all";
-                    return Err(Problem::Malformed(reason.to_owned()));
-                }
-            };
+        match query.trim_matches('&') {
+            "" | "policy=reject-failed" => Ok(Self::RejectFailed),
+            "policy=reject-all" => Ok(Self::RejectAll),
+            _ => {
+                let reason = "the query can only be policy=reject-failed or policy=reject-all, once";
+                Err(Problem::Malformed(reason.to_owned()))
+            }
         }
-        Ok(policy)
     }
 }
 
@@ -204,11 +240,15 @@ enum Outcome {
 }
 
 /// Each line for itself.
-fn each(app: App, caller: Caller, headers: &HeaderMap, body: Body, place: OwnedSemaphorePermit) -> Response {
+async fn each(app: App, caller: Caller, headers: &HeaderMap, body: Body, place: Place) -> Result<Response, Problem> {
+    let mut lines = Lines::new(body.into_data_stream(), app.max_body_bytes, BODY_TIMEOUT);
+    if headers.contains_key(header::EXPECT) {
+        lines.begin().await.map_err(|_| Problem::TooSlow)?;
+    }
     let (items, mut received) = mpsc::channel(WINDOW);
     let hopeless = CancellationToken::new();
     let reader = Reader {
-        lines: Lines::new(body.into_data_stream(), app.max_body_bytes, BODY_TIMEOUT),
+        lines,
         app: app.clone(),
         caller,
         trace: trace(headers),
@@ -216,11 +256,12 @@ fn each(app: App, caller: Caller, headers: &HeaderMap, body: Body, place: OwnedS
         hopeless: hopeless.clone(),
         refusals: Arc::new(Semaphore::new(REFUSALS_KIB)),
         queued: TaskTracker::new(),
+        recent: Recent::default(),
         last: Kind::Other,
     };
     let reader = AbortOnDropHandle::new(tokio::spawn(reader.run()));
     let items = stream::poll_fn(move |context| received.poll_recv(context));
-    answer(app, StatusCode::OK, items, hopeless, (reader, place))
+    Ok(answer(app, StatusCode::OK, items, hopeless, (reader, place)))
 }
 
 /// The answer to what comes; `held` is given up with it, whatever ends it.
@@ -330,7 +371,32 @@ struct Reader<S> {
     refusals: Arc<Semaphore>,
     /// Those that the writer is not done with.
     queued: TaskTracker,
+    recent: Recent,
     last: Kind,
+}
+
+/// Which orders and external ids the last lines were about. A second change of one is not queued
+/// before the first is done: thousands of one order would keep the writer from the orders of others.
+#[derive(Default)]
+struct Recent {
+    lines: HashMap<u128, u64>,
+    line: u64,
+}
+
+impl Recent {
+    /// More lines than can be queued at the same time.
+    const KEPT: u64 = 2 * WINDOW as u64;
+
+    /// Was one of the last lines about the same?
+    fn has(&mut self, key: Option<u128>) -> bool {
+        self.line += 1;
+        let oldest = self.line.saturating_sub(Self::KEPT);
+        if self.lines.len() as u64 > 2 * Self::KEPT {
+            self.lines.retain(|_, line| *line >= oldest);
+        }
+        let before = key.and_then(|key| self.lines.insert(key, self.line));
+        before.is_some_and(|line| line >= oldest)
+    }
 }
 
 impl<S, E> Reader<S>
@@ -372,13 +438,17 @@ where
 
     async fn queue(&mut self, line: u64, upsert: Upsert) -> Item {
         let kind = Kind::of(&upsert);
-        if kind != Kind::Other && kind != self.last {
-            if self.last != Kind::Other {
-                self.queued.close();
-                self.queued.wait().await;
-                self.queued.reopen();
-            }
+        let changes_kind = kind != Kind::Other && kind != self.last;
+        let overtakes = changes_kind && self.last != Kind::Other;
+        if changes_kind {
             self.last = kind;
+        }
+        if self.recent.has(key(&upsert)) || overtakes {
+            self.queued.close();
+            self.queued.wait().await;
+            self.queued.reopen();
+            self.recent = Recent::default();
+            self.recent.has(key(&upsert));
         }
         let correlation_id = Uuid::now_v7();
         let origin = Origin { correlation_id, reply_to: None, trace: self.trace.clone(), expected: None, claim: None };
@@ -390,13 +460,17 @@ where
     }
 }
 
+/// The order, or the external id of a new one.
+fn key(upsert: &Upsert) -> Option<u128> {
+    match upsert {
+        Upsert::Create(order) => order.external_id.as_deref().map(|id| xxh3_128(id.as_bytes())),
+        Upsert::Update(change) => Some(change.target.order_id.as_u128()),
+        Upsert::Delete(target) => Some(target.order_id.as_u128()),
+    }
+}
+
 async fn refuse(room: Arc<Semaphore>, line: u64, problem: Problem) -> Item {
-    let bytes = match &problem {
-        Problem::Invalid(violations) => violations.iter().map(|v| v.pointer.len() + v.reason.len() + 64).sum(),
-        Problem::Malformed(detail) => detail.len(),
-        _ => 0,
-    };
-    let kib = u32::try_from((bytes / 1024).clamp(1, REFUSALS_KIB)).unwrap_or(1);
+    let kib = u32::try_from((size(&problem) / 1024).clamp(1, REFUSALS_KIB)).unwrap_or(1);
     Item::Refused { line, problem, _room: room.acquire_many_owned(kib).await.ok() }
 }
 
@@ -417,7 +491,7 @@ async fn together(
     caller: &Caller,
     headers: &HeaderMap,
     body: Body,
-    place: OwnedSemaphorePermit,
+    place: Place,
 ) -> Result<Response, Problem> {
     const TOO_MUCH: Problem = Problem::TooMuchTogether { lines: TOGETHER_LINES, bytes: TOGETHER_BYTES };
     let turn = timeout(BODY_TIMEOUT, app.bulk_places.together.clone().acquire_owned()).await;
@@ -430,7 +504,8 @@ async fn together(
     })?;
     let mut parsed: Vec<(u64, Result<Box<NewOrder>, Problem>)> = Vec::new();
     let mut errors = 0;
-    for (line, number) in whole.bytes.split(|byte| *byte == b'\n').zip(1..) {
+    let text = whole.bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&whole.bytes);
+    for (line, number) in text.split(|byte| *byte == b'\n').zip(1..) {
         if line.trim_ascii().is_empty() {
             continue;
         }
@@ -442,12 +517,11 @@ async fn together(
         } else {
             parse(line, caller, app).and_then(only_new)
         };
-        if let Err(Problem::Invalid(violations)) = &mut order {
+        if let Err(problem) = &mut order {
             if errors > TOGETHER_ERRORS {
-                violations.truncate(1);
-                violations.shrink_to_fit();
+                shorten(problem);
             }
-            errors += violations.len();
+            errors += size(problem);
         }
         parsed.push((number, order));
         if number % 256 == 0 {
@@ -460,12 +534,47 @@ async fn together(
     let orders = match orders.iter().any(Result::is_err) {
         true => {
             let refused = orders.into_iter().map(|order| Err(order.err().unwrap_or(Problem::AnotherRefused)));
-            return Ok(render_together(app, numbers, refused.collect(), (place, turn)));
+            // Whoever comes next need not wait until all of it is read.
+            drop(turn);
+            return Ok(render_together(app, numbers, refused.collect(), place));
         }
         false => orders.into_iter().flatten().map(|order| *order).collect(),
     };
     let results = app.orders.create_together(orders, &trace(headers)).await?;
-    Ok(render_together(app, numbers, results, (place, turn)))
+    drop(turn);
+    Ok(render_together(app, numbers, results, place))
+}
+
+/// About how much memory a refusal holds.
+fn size(problem: &Problem) -> usize {
+    match problem {
+        Problem::Invalid(violations) => violations.iter().map(|v| v.pointer.len() + v.reason.len() + 64).sum(),
+        Problem::Malformed(detail) => detail.len(),
+        _ => 0,
+    }
+}
+
+/// To the beginning of its first reason.
+fn shorten(problem: &mut Problem) {
+    let beginning = |text: &mut String| {
+        if let Some((end, _)) = text.char_indices().nth(BEGINNING) {
+            text.truncate(end);
+            text.push('…');
+            text.shrink_to_fit();
+        }
+    };
+    match problem {
+        Problem::Invalid(violations) => {
+            violations.truncate(1);
+            violations.shrink_to_fit();
+            for violation in violations {
+                beginning(&mut violation.pointer);
+                beginning(&mut violation.reason);
+            }
+        }
+        Problem::Malformed(detail) => beginning(detail),
+        _ => {}
+    }
 }
 
 fn only_new(upsert: Upsert) -> Result<Box<NewOrder>, Problem> {

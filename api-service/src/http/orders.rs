@@ -105,9 +105,13 @@ pub(crate) struct WholeBody {
     pub room: Option<OwnedSemaphorePermit>,
 }
 
+/// Is the body compressed, or whatever else it would have to be freed of first?
+pub(super) fn is_coded(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
+}
+
 pub(super) fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
-    if headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
-    {
+    if is_coded(headers) {
         return Err(Problem::ContentType);
     }
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };

@@ -75,9 +75,14 @@ struct Upload {
 
 impl Upload {
     async fn begin(http: &HttpClient) -> Self {
+        Self::begin_with(http, "").await
+    }
+
+    /// With one more header, and the end of its line.
+    async fn begin_with(http: &HttpClient, header: &str) -> Self {
         let mut stream = TcpStream::connect(http.address()).await.expect("a connection");
         let head = format!(
-            "POST /orders/bulk HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: {NDJSON}\r\n\
+            "POST /orders/bulk HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: {NDJSON}\r\n{header}\
              transfer-encoding: chunked\r\n\r\n"
         );
         stream.write_all(head.as_bytes()).await.expect("sending");
@@ -301,6 +306,54 @@ async fn twenty_bulk_requests_at_once_leave_room_for_single_orders() {
     }
     assert_eq!(orders_in(&system).await, 20 * 1_000 + 50);
     api.assert_healthy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_changes_of_one_order_hold_up_no_others() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let (api, _worker) = (system.api().await, system.worker().await);
+    let mut ids = Vec::new();
+    for n in 0..13 {
+        ids.push(api.http().post_order(&order("owner", n)).await.expect_status(201).text("order_id"));
+    }
+    let hot = ids.pop().expect("an order");
+    let updates = (0..3_000).map(|n| json!({ "order_id": hot, "notes": format!("note {n}") }));
+    let (http, updates) = (api.shared_http(), body(updates));
+    let hot_ones = tokio::spawn(async move { bulk(&http, "", updates).await });
+    eventually("the first of them to be done", || async {
+        match api.http().get_order(&hot).await["version"].as_i64() {
+            Some(version) if version > 5 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    // Another's many, and single changes of other orders.
+    let (_, answer) = bulk(api.http(), "", body((0..500).map(|n| order("other", n)))).await;
+    assert_eq!(split(answer).1["created"], 500);
+    for id in &ids {
+        let update = json!({ "order_id": id, "notes": "single" });
+        api.http().post_order_with(&update, &[("prefer", "respond-async")]).await.expect_status(200);
+    }
+    assert!(!hot_ones.is_finished(), "they had to wait for all changes of an order that is not theirs");
+    let (_, answer) = hot_ones.await.expect("no panic");
+    let (answers, summary) = split(answer);
+    assert_eq!(summary["updated"], 3_000, "{summary}");
+    assert!(numbers(&answers, "version").is_sorted());
+    assert_eq!(api.http().get_order(&hot).await["notes"], "note 2999");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_before_sending_is_told_to_go_on() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let api = system.api().await;
+    let mut upload = Upload::begin_with(api.http(), "expect: 100-continue\r\n").await;
+    upload.receive_until("HTTP/1.1 100 ").await;
+    // With the mark that some editors begin a file with.
+    upload.send(format!("\u{feff}{}", body([order("u", 1)])).as_bytes()).await.expect("sending");
+    upload.end().await;
+    assert_eq!(upload.receive_summary().await["created"], 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

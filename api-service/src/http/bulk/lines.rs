@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt as _};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// A line that holds something, and its number from 1: empty ones are counted, too.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,9 +35,22 @@ impl<S, E> Lines<S>
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
-    /// Lines of at most `limit` bytes, each of which arrives within `patience`.
+    /// Lines of at most `limit` bytes, each of which arrives within `patience`: empty ones before it
+    /// give it no more time.
     pub(super) fn new(body: S, limit: usize, patience: Duration) -> Self {
         Self { body, chunk: Bytes::new(), begun: BytesMut::new(), is_too_long: false, number: 0, limit, patience }
+    }
+
+    /// Asks for the first bytes of the body, and with that the client to send them
+    /// (`Expect: 100-continue`): what has been answered is not sent.
+    pub(super) async fn begin(&mut self) -> Result<(), Cut> {
+        match timeout(self.patience, self.body.next()).await {
+            Ok(Some(Ok(chunk))) => self.chunk = chunk,
+            Ok(None) => {}
+            Ok(Some(Err(_))) => return Err(Cut::BrokenOff),
+            Err(_) => return Err(Cut::TooSlow),
+        }
+        Ok(())
     }
 
     pub(super) async fn next(&mut self) -> Result<Option<Line>, Cut> {
@@ -46,7 +59,6 @@ where
             if let Some(end) = self.chunk.iter().position(|byte| *byte == b'\n') {
                 let rest = self.chunk.split_to(end);
                 self.chunk = self.chunk.slice(1..);
-                deadline = None;
                 if let Some(line) = self.line(rest) {
                     return Ok(Some(line));
                 }
@@ -99,6 +111,10 @@ where
             self.keep(&rest);
             std::mem::take(&mut self.begun).freeze()
         };
+        let line = match line.strip_prefix(BYTE_ORDER_MARK) {
+            Some(rest) if self.number == 1 => line.slice_ref(rest),
+            _ => line,
+        };
         if std::mem::take(&mut self.is_too_long) {
             return Some(Line::TooLong(self.number));
         }
@@ -106,11 +122,14 @@ where
     }
 }
 
+/// That some editors begin a file with, and that is no part of its first line.
+pub(super) const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
 
-    use futures_util::{FutureExt as _, stream};
+    use futures_util::stream;
     use proptest::prelude::*;
 
     use super::*;
@@ -141,6 +160,24 @@ mod tests {
         assert_eq!(all(vec![b"123456".to_vec(), b"789".to_vec()]).await, [Line::TooLong(1)]);
     }
 
+    #[tokio::test]
+    async fn a_byte_order_mark_is_no_part_of_the_first_line() {
+        let marked = b"\xef\xbb\xbfa\n\xef\xbb\xbfb".to_vec();
+        let expected = [whole(1, "a"), whole(2, "\u{feff}b")];
+        assert_eq!(all(vec![marked.clone()]).await, expected);
+        assert_eq!(all(marked.chunks(1).map(<[u8]>::to_vec).collect()).await, expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn empty_lines_give_no_more_time() {
+        let idle = stream::unfold((), |()| async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            Some((Ok::<_, Infallible>(Bytes::from_static(b" \n")), ()))
+        });
+        let mut lines = Lines::new(Box::pin(idle), LIMIT, Duration::from_secs(1));
+        assert_eq!(lines.next().await, Err(Cut::TooSlow));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_line_that_does_not_end_is_not_waited_for() {
         let slow = stream::unfold((), |()| async {
@@ -158,8 +195,9 @@ mod tests {
             size in 1_usize..9,
         ) {
             let chunked = text.chunks(size).map(<[u8]>::to_vec).collect();
-            let chunked = all(chunked).now_or_never().unwrap();
-            prop_assert_eq!(chunked, all(vec![text]).now_or_never().unwrap());
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            let (chunked, whole) = runtime.block_on(async { (all(chunked).await, all(vec![text]).await) });
+            prop_assert_eq!(chunked, whole);
         }
     }
 }
