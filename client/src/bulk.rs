@@ -20,16 +20,18 @@ use tokio::{
 };
 
 use crate::{
-    http::{Service, refusal},
+    http::{Service, refusal, refusal_of},
     money::grouped_count,
     progress::Progress,
     sample,
-    show::printable,
+    show::{printable, say},
     table::markdown,
 };
 
 /// A line is read whole; the service takes no longer ones.
 const LONGEST_LINE: usize = 64 * 1024 * 1024;
+/// An answer tells at most the first broken rules of a line.
+const LONGEST_ANSWER: usize = 4 * 1024 * 1024;
 /// Sent as one piece, if it is there.
 const PIECE: usize = 64 * 1024;
 /// Pieces that wait for the network.
@@ -72,8 +74,12 @@ pub async fn send(service: &Service, file: &Path, options: &Options) -> anyhow::
     let (input, total): (Box<dyn AsyncRead + Send + Unpin>, _) = if file == Path::new("-") {
         (Box::new(tokio::io::stdin()), None)
     } else {
-        let total = count_lines(file).await.with_context(|| format!("cannot read {}", file.display()))?;
-        (Box::new(File::open(file).await?), Some(total))
+        let reading = || format!("cannot read {}", file.display());
+        let opened = File::open(file).await.with_context(reading)?;
+        // Of a pipe or a device nobody knows how much will come.
+        let is_whole = opened.metadata().await.with_context(reading)?.is_file();
+        let total = if is_whole { Some(count_lines(file).await.with_context(reading)?) } else { None };
+        (Box::new(opened), total)
     };
     let (sender, body) = Channel::new(PIECES);
     let sending = tokio::spawn(send_lines(BufReader::new(input), sender));
@@ -84,23 +90,37 @@ pub async fn send(service: &Service, file: &Path, options: &Options) -> anyhow::
     let response = service.open(Method::POST, &path, headers, Either::Right(body)).await?;
     let status = response.status();
     let is_lines = response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == "application/x-ndjson");
-    let mut body = response.into_body();
     if !is_lines {
-        let told = body.collect().await.context("the answer broke off")?.to_bytes();
-        bail!("{}", refusal(status, &told));
+        bail!("{}", refusal_of(response).await);
     }
+    let mut body = response.into_body();
 
     let mut answers = Answers { options, summary: None, complaints: Vec::new(), failed: 0 };
     let mut progress = Progress::new("orders", total);
     let mut rest = BytesMut::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.with_context(|| broken_off(progress.done()))?;
+        let frame = match frame {
+            Ok(frame) => frame,
+            Err(error) => {
+                // It may be us who broke it off.
+                sending.abort();
+                if let Ok(Err(error)) = sending.await {
+                    return Err(error).context("reading the orders");
+                }
+                return Err(error).with_context(|| broken_off(progress.done()));
+            }
+        };
+        let mut searched = rest.len();
         rest.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
-        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-            let line = rest.split_to(end + 1);
+        while let Some(end) = rest[searched..].iter().position(|byte| *byte == b'\n') {
+            let line = rest.split_to(searched + end + 1);
+            searched = 0;
             if answers.add(&line)? {
                 progress.step();
             }
+        }
+        if rest.len() > LONGEST_ANSWER {
+            bail!("a line of the answer has more than {LONGEST_ANSWER} bytes: is that the order service?");
         }
     }
     progress.finish();
@@ -110,10 +130,10 @@ pub async fn send(service: &Service, file: &Path, options: &Options) -> anyhow::
         Err(_) => Ok(()), // the service answered without wanting the rest, and says so below
     };
     let Some(summary) = answers.summary.take() else { bail!("{}", broken_off(progress.done())) };
-    answers.tell(&summary);
+    answers.tell(&summary)?;
     sent.context("reading the orders")?;
     if !summary.complete {
-        bail!("{}", summary.reason.as_deref().unwrap_or("not all lines were taken"));
+        bail!("{}", printable(summary.reason.as_deref().unwrap_or("not all lines were taken")));
     }
     Ok(status == StatusCode::OK && summary.failed == 0)
 }
@@ -213,7 +233,7 @@ impl Answers<'_> {
     /// Is it the answer to an order?
     fn add(&mut self, line: &[u8]) -> anyhow::Result<bool> {
         if self.options.json {
-            print!("{}", String::from_utf8_lossy(line));
+            say(String::from_utf8_lossy(line).trim_end_matches('\n'))?;
         }
         let answer: AnswerLine = serde_json::from_slice(line).context("a line of the answer is no JSON")?;
         if let Some(problem) = answer.problem {
@@ -221,8 +241,7 @@ impl Answers<'_> {
             if self.complaints.len() < COMPLAINTS_SHOWN {
                 let status = answer.status.and_then(|status| StatusCode::from_u16(status).ok()).unwrap_or_default();
                 let told = refusal(status, problem.get().as_bytes());
-                let told: Vec<String> = told.lines().map(printable).collect();
-                self.complaints.push(format!("line {}: {}", answer.line.unwrap_or_default(), told.join("\n")));
+                self.complaints.push(format!("line {}: {told}", answer.line.unwrap_or_default()));
             }
         }
         let is_last = answer.summary.is_some();
@@ -230,7 +249,7 @@ impl Answers<'_> {
         Ok(!is_last)
     }
 
-    fn tell(&self, summary: &Summary) {
+    fn tell(&self, summary: &Summary) -> anyhow::Result<()> {
         if !self.options.json {
             let rows = [
                 ("lines", summary.lines),
@@ -241,7 +260,7 @@ impl Answers<'_> {
                 ("failed", summary.failed),
             ];
             let rows: Vec<_> = rows.map(|(name, count)| vec![name.to_owned(), grouped_count(count)]).into();
-            print!("{}", markdown(&["orders", ""], &rows));
+            say(markdown(&["orders", ""], &rows).trim_end())?;
         }
         for complaint in &self.complaints {
             eprintln!("{complaint}");
@@ -250,6 +269,7 @@ impl Answers<'_> {
         if unshown > 0 {
             eprintln!("… and {} more", grouped_count(unshown));
         }
+        Ok(())
     }
 }
 

@@ -2,7 +2,7 @@
 //! all else on standard error.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::Read as _,
     num::NonZeroUsize,
     path::{Path, PathBuf},
     time::Duration,
@@ -20,7 +20,7 @@ use crate::{
     bulk,
     http::{self, Answer, Identity, PREFER, Service, encoded},
     sample, send,
-    show::{self, Happened, Order},
+    show::{self, Happened, Order, say},
     watch,
 };
 
@@ -195,11 +195,6 @@ pub async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Completions { .. } => {}
     }
     Ok(true)
-}
-
-/// One line or more on standard output. Who has closed that wants no more.
-fn say(text: &str) -> anyhow::Result<()> {
-    writeln!(std::io::stdout(), "{text}").context("nobody takes what is told")
 }
 
 fn read<T: DeserializeOwned>(json: &[u8]) -> anyhow::Result<T> {

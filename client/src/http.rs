@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Either, Empty, Full, channel::Channel};
+use http_body_util::{BodyExt as _, Either, Empty, Full, Limited, channel::Channel};
 use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Uri,
     body::Incoming,
@@ -19,10 +19,14 @@ use hyper_util::{
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 
+use crate::show::printable;
+
 /// A service that accepts connections slower than this is not there for a person who waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// An answer that takes longer than this beyond what was waited for will not come.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// More than the service ever answers at once.
+const LARGEST_ANSWER: usize = 64 * 1024 * 1024;
 /// A peer that has gone without a word is noticed within about this.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// What may stand in a path or a query as it is (RFC 3986, section 2.3).
@@ -134,7 +138,8 @@ impl Service {
         };
         let asking = async {
             let (head, body) = self.open(method, path, headers, body).await?.into_parts();
-            let body = body.collect().await.context("the answer broke off")?.to_bytes();
+            let body = Limited::new(body, LARGEST_ANSWER).collect().await;
+            let body = body.map_err(|error| anyhow!("{error}")).context("the answer broke off")?.to_bytes();
             Ok(Answer { status: head.status, headers: head.headers, body })
         };
         let limit = wait + PATIENCE;
@@ -219,22 +224,29 @@ impl Answer {
     }
 }
 
+/// The same of an answer whose body is still to be read.
+pub async fn refusal_of(response: Response<Incoming>) -> String {
+    let (head, body) = response.into_parts();
+    let body = Limited::new(body, LARGEST_ANSWER).collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    refusal(head.status, &body)
+}
+
 /// What a refusal says: status, title, and each broken rule or the detail.
 #[must_use]
 pub fn refusal(status: StatusCode, body: &[u8]) -> String {
     const SHOWN: usize = 300;
     let Ok(problem) = serde_json::from_slice::<Problem>(body) else {
         let text: String = String::from_utf8_lossy(body).trim().chars().take(SHOWN).collect();
-        return if text.is_empty() { status.to_string() } else { format!("{status}: {text}") };
+        return if text.is_empty() { status.to_string() } else { format!("{status}: {}", printable(&text)) };
     };
     let title = problem.title.unwrap_or_else(|| status.canonical_reason().unwrap_or_default().to_owned());
-    let mut text = format!("{}: {title}", status.as_u16());
+    let mut text = format!("{}: {}", status.as_u16(), printable(&title));
     if let Some(detail) = problem.detail.filter(|_| problem.errors.is_empty()) {
-        text.push_str(&format!(": {detail}"));
+        text.push_str(&format!(": {}", printable(&detail)));
     }
     for violation in problem.errors {
         let pointer = if violation.pointer.is_empty() { "the body" } else { &violation.pointer };
-        text.push_str(&format!("\n  {pointer} {}", violation.reason));
+        text.push_str(&format!("\n  {} {}", printable(pointer), printable(&violation.reason)));
     }
     text
 }
@@ -266,5 +278,11 @@ mod tests {
         assert_eq!(refusal(StatusCode::SERVICE_UNAVAILABLE, body), "503: Not now; try again: the database is away");
         assert_eq!(refusal(StatusCode::BAD_GATEWAY, b"<html>"), "502 Bad Gateway: <html>");
         assert_eq!(refusal(StatusCode::NOT_FOUND, b""), "404 Not Found");
+        // Nothing in it speaks to the terminal.
+        let hostile = r#"{"title":"\u001b[31mT","errors":[{"pointer":"/\u009bX","reason":"\u0007"}]}"#;
+        for body in [hostile.as_bytes(), b"\x1b[31m".as_slice()] {
+            let text = refusal(StatusCode::BAD_REQUEST, body);
+            assert!(text.lines().all(|line| !line.contains(char::is_control)), "{text:?}");
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! Orders and what happened to them, as text for people. Others wrote what stands in them: a
 //! terminal must not obey it.
 
+use std::io::Write as _;
+
+use anyhow::Context as _;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -99,7 +102,7 @@ pub fn order(order: &Order) -> String {
         }
     }
     for item in order.items.iter().flatten() {
-        let (id, price) = (printable(&item.product_id), item.unit_price.get());
+        let (id, price) = (printable(&item.product_id), printable(item.unit_price.get()));
         lines.push(format!("{:<12} {} × {id} at {price}", "item", item.quantity));
     }
     lines.join("\n")
@@ -139,6 +142,14 @@ pub fn happened(row: &Happened) -> String {
     };
     let ignored = if row.ignored { " (ignored)" } else { "" };
     printable(&format!("{}  version {:<3} {:<24} {way}{ignored}", row.at, row.version, row.event))
+}
+
+/// On standard output. Who has closed that wants no more.
+///
+/// # Errors
+/// When it is closed, or full.
+pub fn say(text: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{text}").context("nobody takes what is told")
 }
 
 /// Cells that line up; wide ones are nobody's to cut.

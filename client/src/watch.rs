@@ -6,10 +6,14 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Either, Empty};
-use hyper::{HeaderMap, Method, StatusCode, body::Incoming, header::HeaderValue};
+use hyper::{
+    HeaderMap, Method, StatusCode,
+    body::Incoming,
+    header::{CONTENT_TYPE, HeaderValue},
+};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::http::{Service, encoded, refusal};
+use crate::http::{Service, encoded, refusal_of};
 
 /// The service gives a sign of life every 15 s: a connection that is silent for longer is dead.
 const SILENCE: Duration = Duration::from_secs(45);
@@ -33,6 +37,7 @@ pub async fn watch(
     let mut last = since.map(|version| version.to_string());
     let mut heard = Instant::now();
     loop {
+        let mut told = false;
         let broken = match open(service, &path, last.as_deref()).await {
             Ok(None) => return Ok(()),
             Ok(Some(mut body)) => {
@@ -43,6 +48,7 @@ pub async fn watch(
                         Ok(Some(Ok(frame))) => {
                             for event in events.take(frame.data_ref().map_or(&[], |data| data))? {
                                 tell(&event.data)?;
+                                told = true;
                                 last = event.id.or(last);
                                 heard = Instant::now();
                             }
@@ -62,8 +68,10 @@ pub async fn watch(
                 return Err(error).context("the service stays away");
             }
             eprintln!("{error:#}; trying again");
-            sleep(PAUSE).await;
+        } else if told {
+            continue;
         }
+        sleep(PAUSE).await;
     }
 }
 
@@ -83,15 +91,20 @@ async fn open(service: &Service, path: &str, last: Option<&str>) -> Result<Optio
     let body = Either::Left(Either::Left(Empty::new()));
     let response = service.open(Method::GET, path, headers, body).await.map_err(Refused::Now)?;
     match response.status() {
-        StatusCode::OK => Ok(Some(response.into_body())),
+        StatusCode::OK if is_stream(response.headers()) => Ok(Some(response.into_body())),
+        StatusCode::OK => Err(Refused::Final(anyhow!("{} does not answer with events", service.url()))),
         StatusCode::NO_CONTENT => Ok(None),
         status => {
-            let body = response.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-            let error = anyhow!("{}", refusal(status, &body));
+            let error = anyhow!("{}", refusal_of(response).await);
             let may_pass = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
             Err(if may_pass { Refused::Now(error) } else { Refused::Final(error) })
         }
     }
+}
+
+fn is_stream(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    kind.is_some_and(|kind| kind.starts_with("text/event-stream"))
 }
 
 #[derive(Debug, PartialEq)]
