@@ -34,6 +34,8 @@ struct Seen {
     per_second: f64,
     /// Processor time per order, in microseconds.
     postgres: f64,
+    /// Write-ahead log per order, in bytes.
+    wal: f64,
 }
 
 /// So many rounds of each; the table. The database has all its indexes again at the end, but does
@@ -48,17 +50,17 @@ pub async fn run(
     rounds: usize,
 ) -> anyhow::Result<String> {
     let client = database.connect().await?;
-    measure(bench, product, "to warm up").await?;
+    measure(bench, product, &client, "to warm up").await?;
     let mut seen = vec![Vec::new(); INDEXES.len() + 1];
     for round in 0..rounds {
         for turn in 0..seen.len() {
             let variant = (round + turn) % seen.len();
             let label = |what: &str| format!("round {} of {rounds}, {what}", round + 1);
             let one = match INDEXES.get(variant) {
-                None => measure(bench, product, &label("all indexes")).await?,
+                None => measure(bench, product, &client, &label("all indexes")).await?,
                 Some((name, index)) => {
                     let again = remove(&client, index).await?;
-                    let one = measure(bench, product, &label(&format!("none {name}"))).await?;
+                    let one = measure(bench, product, &client, &label(&format!("none {name}"))).await?;
                     client.batch_execute(&again).await.context("making an index again")?;
                     one
                 }
@@ -88,43 +90,58 @@ async fn remove(client: &Client, index: &Index) -> anyhow::Result<String> {
     Ok(again)
 }
 
-async fn measure(bench: &mut Bench, product: &mut Product, label: &str) -> anyhow::Result<Seen> {
+async fn measure(bench: &mut Bench, product: &mut Product, client: &Client, label: &str) -> anyhow::Result<Seen> {
+    let before = written(client).await?;
     let point = bench.point(product, Mode::Accepted, CALLERS).await?;
+    let wal = (written(client).await? - before) / (point.load.created + point.load.not_yet) as f64;
     let per_second = point.load.per_second;
     let postgres = point.cpu.postgres.context("PostgreSQL's processes cannot be seen from here")? * 1e6 / per_second;
-    step(&format!("{label}: {per_second:.0} accepted per s, {postgres:.1} µs of PostgreSQL each"));
-    Ok(Seen { per_second, postgres })
+    step(&format!("{label}: {per_second:.0} accepted per s, {postgres:.1} µs of PostgreSQL and {wal:.0} bytes each"));
+    Ok(Seen { per_second, postgres, wal })
+}
+
+/// Bytes of write-ahead log so far.
+async fn written(client: &Client) -> anyhow::Result<f64> {
+    let sql = "select (pg_current_wal_insert_lsn() - '0/0')::float8";
+    Ok(client.query_one(sql, &[]).await.context("asking for the place in the log")?.try_get(0)?)
 }
 
 fn render(seen: &[Vec<Seen>]) -> String {
     let (all, without) = seen.split_last().map_or((&[][..], &[][..]), |(all, without)| (all.as_slice(), without));
     let mut rows = Vec::new();
     for ((name, _), without) in INDEXES.iter().zip(without) {
-        let pairs = || all.iter().zip(without);
-        let costs: Vec<f64> = pairs().map(|(all, without)| all.postgres - without.postgres).collect();
-        let ratios: Vec<f64> = pairs().map(|(all, without)| all.per_second / without.per_second).collect();
-        let (least, most) =
-            (costs.iter().copied().fold(f64::MAX, f64::min), costs.iter().copied().fold(f64::MIN, f64::max));
+        let by_round = |what: fn(&Seen, &Seen) -> f64| -> Vec<f64> {
+            all.iter().zip(without).map(|(all, without)| what(all, without)).collect()
+        };
+        let spread = |values: &[f64]| {
+            let (least, most) = (values.iter().copied().reduce(f64::min), values.iter().copied().reduce(f64::max));
+            format!("{:.1} to {:.1}", least.unwrap_or_default(), most.unwrap_or_default())
+        };
+        let costs = by_round(|all, without| all.postgres - without.postgres);
         rows.push(vec![
             (*name).to_owned(),
             format!("{:.1}", median(&costs)),
-            format!("{least:.1} to {most:.1}"),
-            format!("{:.2}", median(&ratios)),
+            spread(&costs),
+            format!("{:.0}", median(&by_round(|all, without| all.wal - without.wal))),
+            format!("{:.2}", median(&by_round(|all, without| all.per_second / without.per_second))),
         ]);
     }
-    let cost = median(&all.iter().map(|seen| seen.postgres).collect::<Vec<_>>());
-    let rate = median(&all.iter().map(|seen| seen.per_second).collect::<Vec<_>>());
-    let header = ["list", "µs of PostgreSQL per order", "by round", "accepted, with it / without"];
+    let of_all = |what: fn(&Seen) -> f64| median(&all.iter().map(what).collect::<Vec<_>>());
+    let header =
+        ["list", "µs of PostgreSQL per order", "by round", "bytes of log per order", "accepted, with it / without"];
     format!(
-        "What each list's index costs an order, from its creation to done; with all of them {rate:.0} orders per s \
-         are accepted, for {cost:.1} µs of PostgreSQL each:\n\n{}",
+        "What each list's index costs an order, from its creation to done; with all of them {:.0} orders per s are \
+         accepted, for {:.1} µs of PostgreSQL and {:.0} bytes of write-ahead log each:\n\n{}",
+        of_all(|seen| seen.per_second),
+        of_all(|seen| seen.postgres),
+        of_all(|seen| seen.wal),
         table::markdown(&header, &rows)
     )
 }
 
 /// Of each measurement.
 pub const WARM_UP: Duration = Duration::from_secs(2);
-pub const MEASURE: Duration = Duration::from_secs(5);
+pub const MEASURE: Duration = Duration::from_secs(8);
 
 #[cfg(test)]
 mod tests {
@@ -132,10 +149,15 @@ mod tests {
 
     #[test]
     fn an_index_costs_what_is_spared_without_it() {
-        let seen = |cost: [f64; 3]| cost.map(|postgres| Seen { per_second: 1000.0 / postgres, postgres }).to_vec();
-        let text =
-            render(&[seen([29.0, 30.0, 31.0]), seen([24.0, 25.0, 23.0]), seen([20.0; 3]), seen([30.0, 31.0, 30.0])]);
-        assert!(text.contains("| by time  |                        1.0 | -1.0 to 1.0 "), "{text}");
-        assert!(text.contains("| by user  |                        6.0 |  6.0 to 7.0 "), "{text}");
+        let seen = |cost: [f64; 3]| {
+            cost.map(|postgres| Seen { per_second: 1000.0 / postgres, postgres, wal: 10.0 * postgres }).to_vec()
+        };
+        let all = [seen([29.0, 30.0, 31.0]), seen([24.0, 25.0, 23.0]), seen([20.0; 3]), seen([30.0, 31.0, 30.0])];
+        let text = render(&all);
+        for (list, costs) in [("by time", ["1.0", "-1.0 to 1.0", "10"]), ("by user", ["6.0", "6.0 to 7.0", "60"])] {
+            let row = text.lines().find(|line| line.contains(list)).unwrap_or_else(|| panic!("no {list}: {text}"));
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            assert_eq!(cells[2..5], costs, "{text}");
+        }
     }
 }

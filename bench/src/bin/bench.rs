@@ -67,7 +67,7 @@ struct StoredArgs {
     requests: u32,
 
     /// Of the load with and without each index; 0 leaves it out.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 5)]
     rounds: u8,
 
     /// A Redis, as host:port: what reading through it gains.
