@@ -1,7 +1,6 @@
 //! Many orders in one request (`POST /orders/bulk`), beside as many requests: how fast, and in how
 //! much memory; and what becomes of them when the connection is cut at half and all is sent again.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -21,12 +20,13 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use client::money::grouped_count;
 use client::table;
 
+use crate::ground::{self, Ground, Servers, step};
 use crate::http::Address;
 use crate::load_orders::Bodies;
+use crate::measure::{Bench, Load, Mode};
 use crate::process;
-use crate::product::{self, Memory, Product};
-use crate::report::{Mode, mib};
-use crate::run::{self, Bench, Ground, Servers, step};
+use crate::product::{Memory, Product};
+use crate::report::mib;
 
 const SINGLE_CALLERS: usize = 256;
 const PIECE: usize = 64 * 1024;
@@ -61,26 +61,15 @@ struct Summary {
 /// # Errors
 /// When a line was answered otherwise than it should be, or an order is there twice or not at all.
 pub async fn run(servers: &Servers, lines: u64, interrupted: impl Future<Output = ()>) -> anyhow::Result<String> {
-    product::ensure_built(&process::own_folder()?)?;
-    let folder = run::default_folder()?;
-    std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    let ground = Ground::create(servers).await?;
-    let result = tokio::select! {
-        result = measure(&ground, lines, &folder) => result,
-        () = interrupted => Err(anyhow::anyhow!("interrupted")),
-    };
-    if let Err(error) = ground.remove(servers).await {
-        eprintln!("tidying up: {error:#}");
-    }
-    result
+    ground::used(servers, false, interrupted, async |ground| measure(ground, lines).await).await
 }
 
-async fn measure(ground: &Ground, lines: u64, folder: &Path) -> anyhow::Result<String> {
-    let mut product = ground.start(&process::own_folder()?, &[], folder).await?;
+async fn measure(ground: &Ground, lines: u64) -> anyhow::Result<String> {
+    let mut product = ground.start(&process::own_folder()?, &[]).await?;
     let mut bench = Bench::new(Duration::from_secs(3), Duration::from_secs(10));
     let mut single = 0.0;
     for what in ["not counted, to warm up", "single"] {
-        single = bench.point(&mut product, Mode::Accepted, SINGLE_CALLERS).await?.load.per_second;
+        single = bench.point(&mut product, Load::closed(Mode::Accepted, SINGLE_CALLERS)).await?.load.per_second;
         step(&format!("{what}: {SINGLE_CALLERS} callers, {single:.0}/s"));
     }
 

@@ -1,7 +1,6 @@
 //! What Redis gains whoever reads: the same requests to one service without it and to one with it,
 //! in turn, while the orders that are read change as well; and again while others write.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -12,11 +11,12 @@ use tokio::time::Instant;
 use client::latency::Latencies;
 use client::table;
 
+use crate::ground::{Ground, step};
 use crate::http::{Address, Connection};
 use crate::load::Plan;
+use crate::measure;
 use crate::process;
 use crate::product::Product;
-use crate::run::{self, Ground, step};
 use crate::stored;
 
 /// Orders that are asked for: the n-th a n-th as often as the first (Zipf).
@@ -47,11 +47,11 @@ struct Side {
 ///
 /// # Errors
 /// When an answer is not what it should be, or Redis is not there.
-pub async fn run(ground: &Ground, product: &Product, redis: &str, folder: &Path) -> anyhow::Result<String> {
+pub async fn run(ground: &Ground, product: &Product, redis: &str) -> anyhow::Result<String> {
     step("starting a second service, with Redis");
     // Theirs are the same topics and the same group: either worker handles an order, so both have it.
     let settings = [("REDIS_ADDR", redis.to_owned())];
-    let mut cached = ground.start(&process::own_folder()?, &settings, folder).await?;
+    let mut cached = ground.start(&process::own_folder()?, &settings).await?;
     let text = measure(ground, product, &mut cached).await;
     cached.stop().await?;
     text
@@ -65,7 +65,7 @@ async fn measure(ground: &Ground, product: &Product, cached: &mut Product) -> an
 
     let quiet = ask(&known, product, cached, "nobody writes").await?;
     let plan = |product: &Product| Plan::accepted(product.address().url(), WRITERS, WRITING);
-    let writing = [run::start_load(&plan(product))?, run::start_load(&plan(cached))?];
+    let writing = [measure::start_load(&plan(product))?, measure::start_load(&plan(cached))?];
     let busy = ask(&known, product, cached, &format!("{} callers write", 2 * WRITERS)).await?;
     drop(writing);
     Ok(format!(

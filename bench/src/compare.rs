@@ -5,10 +5,11 @@ use std::path::Path;
 
 use anyhow::Context;
 
+use crate::ground::{Ground, step};
+use crate::measure::{Bench, Load, Mode, median, spread};
 use crate::process;
 use crate::product;
-use crate::report::Mode;
-use crate::run::{Bench, Ground, Options, median, step};
+use crate::run::Options;
 use client::table;
 
 /// One measurement.
@@ -20,18 +21,13 @@ struct Seen {
     cost: [f64; 4],
 }
 
-/// Measures ours and the binaries in the folder `other` in turn, so many rounds; each time with a
+/// Measures ours and the binaries in the folder `other` in turn; each time with a
 /// database and topics of its own, and while the other is not there. The table of both and their
 /// ratios.
 ///
 /// # Errors
 /// When one of them does not run, or does not account for what it accepted.
-pub async fn run(
-    options: &Options,
-    other: &Path,
-    rounds: usize,
-    interrupted: impl Future<Output = ()>,
-) -> anyhow::Result<String> {
+pub async fn run(options: &Options, other: &Path, interrupted: impl Future<Output = ()>) -> anyhow::Result<String> {
     let own = process::own_folder()?;
     // The binaries run elsewhere.
     let other = &other.canonicalize().with_context(|| format!("looking for {}", other.display()))?;
@@ -45,7 +41,7 @@ pub async fn run(
     let all = async {
         // Whoever is the first on new servers is slow.
         measure(options, &own, "to warm up", points.get(..1).unwrap_or_default()).await?;
-        for round in 0..rounds {
+        for round in 0..options.rounds {
             // Each goes first as often as the other.
             for turn in 0..sides.len() {
                 let side = (round + turn) % sides.len();
@@ -73,11 +69,11 @@ async fn measure(
     points: &[(Mode, usize)],
 ) -> anyhow::Result<Vec<Seen>> {
     let ground = Ground::create(&options.servers).await?;
-    let mut product = ground.start(binaries, &[], &options.folder).await?;
+    let mut product = ground.start(binaries, &[]).await?;
     let mut bench = Bench::new(options.warm_up, options.measure);
     let mut seen = Vec::with_capacity(points.len());
     for (mode, callers) in points {
-        let point = bench.point(&mut product, *mode, *callers).await?;
+        let point = bench.point(&mut product, Load::closed(*mode, *callers)).await?;
         let rate = point.load.per_second;
         step(&format!("{label}, {callers} callers, {}: {rate:.0}/s", mode.label()));
         let cpu = [point.cpu.api, point.cpu.worker, point.cpu.postgres.unwrap_or_default(), point.cpu.machine];
@@ -85,7 +81,7 @@ async fn measure(
     }
     bench.check(&ground.database).await?;
     product.stop().await?;
-    ground.remove(&options.servers).await?;
+    ground.remove().await?;
     Ok(seen)
 }
 
@@ -95,13 +91,13 @@ fn table(points: &[(Mode, usize)], ours: &[Vec<Seen>], others: &[Vec<Seen>]) -> 
         let label = format!("{}, {callers}", mode.label());
         let rate = |seen: &[Seen]| seen.iter().map(|seen| seen.rate).collect::<Vec<_>>();
         let ratios: Vec<f64> = ours.iter().zip(others).map(|(ours, other)| ours.rate / other.rate).collect();
-        let (least, most) = (ratios.iter().copied().reduce(f64::min), ratios.iter().copied().reduce(f64::max));
+        let [least, most] = spread(&ratios);
         rates.push(vec![
             label.clone(),
             format!("{:.0}", median(&rate(ours))),
             format!("{:.0}", median(&rate(others))),
             format!("{:.2}", median(&ratios)),
-            format!("{:.2}–{:.2}", least.unwrap_or_default(), most.unwrap_or_default()),
+            format!("{least:.2}–{most:.2}"),
         ]);
         let cost = |seen: &[Seen], part: usize| median(&seen.iter().map(|seen| seen.cost[part]).collect::<Vec<_>>());
         let both = |part: usize| format!("{:.0} / {:.0}", cost(ours, part), cost(others, part));

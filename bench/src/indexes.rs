@@ -9,9 +9,9 @@ use tokio_postgres::Client;
 use client::table;
 
 use crate::database::Database;
+use crate::ground::step;
+use crate::measure::{Bench, Load, Mode, median, spread};
 use crate::product::Product;
-use crate::report::Mode;
-use crate::run::{Bench, median, step};
 
 /// What lists are answered from (V4 of the migrations).
 enum Index {
@@ -92,7 +92,7 @@ async fn remove(client: &Client, index: &Index) -> anyhow::Result<String> {
 
 async fn measure(bench: &mut Bench, product: &mut Product, client: &Client, label: &str) -> anyhow::Result<Seen> {
     let before = written(client).await?;
-    let point = bench.point(product, Mode::Accepted, CALLERS).await?;
+    let point = bench.point(product, Load::closed(Mode::Accepted, CALLERS)).await?;
     let wal = (written(client).await? - before) / (point.load.created + point.load.not_yet) as f64;
     let per_second = point.load.per_second;
     let postgres = point.cpu.postgres.context("PostgreSQL's processes cannot be seen from here")? * 1e6 / per_second;
@@ -113,15 +113,11 @@ fn render(seen: &[Vec<Seen>]) -> String {
         let by_round = |what: fn(&Seen, &Seen) -> f64| -> Vec<f64> {
             all.iter().zip(without).map(|(all, without)| what(all, without)).collect()
         };
-        let spread = |values: &[f64]| {
-            let (least, most) = (values.iter().copied().reduce(f64::min), values.iter().copied().reduce(f64::max));
-            format!("{:.1} to {:.1}", least.unwrap_or_default(), most.unwrap_or_default())
-        };
         let costs = by_round(|all, without| all.postgres - without.postgres);
         rows.push(vec![
             (*name).to_owned(),
             format!("{:.1}", median(&costs)),
-            spread(&costs),
+            format!("{:.1} to {:.1}", spread(&costs)[0], spread(&costs)[1]),
             format!("{:.0}", median(&by_round(|all, without| all.wal - without.wal))),
             format!("{:.2}", median(&by_round(|all, without| all.per_second / without.per_second))),
         ]);

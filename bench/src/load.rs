@@ -1,6 +1,6 @@
 //! The load generator: a process of its own with one thread, so that what it costs is seen apart
-//! from what it measures. Each caller has one connection and sends the next order when the last
-//! one was answered.
+//! from what it measures. Each caller has one connection. In a closed loop it sends the next order
+//! when the last one was answered; in an open loop, when one is due ([`crate::pace`]).
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use clap::Args;
-use hyper::header::HeaderValue;
+use hyper::header::{HeaderValue, RETRY_AFTER};
 use hyper::{StatusCode, Uri};
 use serde::{Deserialize, Serialize};
 use tokio::task::{JoinSet, LocalSet};
@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use crate::http::{Address, Answer, Connection};
 use crate::load_orders::Bodies;
+use crate::pace::Due;
 use crate::procfs;
 use client::latency::Latencies;
 
@@ -42,6 +43,9 @@ pub struct Plan {
     /// Instead of warm-up and measurement: so many orders per caller.
     #[arg(long, default_value_t = 0)]
     pub each: u64,
+    /// Orders per second of an open loop; 0 is a closed one.
+    #[arg(long, default_value_t = 0.0)]
+    pub rate: f64,
 }
 
 impl Plan {
@@ -49,7 +53,7 @@ impl Plan {
     #[must_use]
     pub fn accepted(url: String, callers: usize, time: Duration) -> Self {
         let measure_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        Self { url, callers, wait: 0, warm_up_ms: 0, measure_ms, each: 0 }
+        Self { url, callers, wait: 0, warm_up_ms: 0, measure_ms, each: 0, rate: 0.0 }
     }
 }
 
@@ -71,10 +75,26 @@ pub struct Figures {
     pub per_second: f64,
     pub p50_ms: Option<f64>,
     pub p99_ms: Option<f64>,
+    pub p999_ms: Option<f64>,
+    /// Of 503s in the measured time: how soon they came, and how many without `Retry-After`.
+    pub refused_p99_ms: Option<f64>,
+    pub refused_without_retry_after: u64,
+    /// Every second from the warm-up on.
+    pub seconds: Vec<Second>,
     /// Of one core, in the measured time.
     pub cpu_share: f64,
     /// When the last caller had its answer.
     pub ended_at_unix_ms: u64,
+}
+
+/// What was answered in one second.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Second {
+    pub created: u64,
+    pub not_yet: u64,
+    pub refused: u64,
+    /// Of the 201s.
+    pub worst_ms: f64,
 }
 
 /// Runs the plan to its end in this process.
@@ -95,16 +115,25 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
         connections.push(connection.with_context(|| format!("connection {} of {}", caller + 1, plan.callers))?);
     }
 
-    let measured_from = Instant::now() + Duration::from_millis(plan.warm_up_ms);
+    let began = Instant::now();
+    let measured_from = began + Duration::from_millis(plan.warm_up_ms);
+    let measured_until = measured_from + Duration::from_millis(plan.measure_ms);
+    let due = (plan.rate > 0.0).then(|| Due::start(plan.rate, measured_until)).transpose()?;
     let shared = Rc::new(Shared {
         path: address.path("/orders")?,
         prefer: HeaderValue::from_str(&prefer)?,
         waits: plan.wait > 0,
         bodies: Bodies::new(run),
+        began,
         measured_from,
-        measured_until: measured_from + Duration::from_millis(plan.measure_ms),
+        measured_until,
         each: plan.each,
-        tally: RefCell::new(Tally { figures: Figures::default(), latencies: Latencies::new()? }),
+        due,
+        tally: RefCell::new(Tally {
+            figures: Figures::default(),
+            latencies: Latencies::new()?,
+            refusals: Latencies::new()?,
+        }),
     });
 
     let mut callers = JoinSet::new();
@@ -125,7 +154,7 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
     let cpu = cpu.await.context("measuring this process")??;
 
     let mut tally = shared.tally.borrow_mut();
-    let (p50_ms, p99_ms) = (tally.latencies.percentile_ms(50.0), tally.latencies.percentile_ms(99.0));
+    let [p50_ms, p99_ms, p999_ms] = [50.0, 99.0, 99.9].map(|part| tally.latencies.percentile_ms(part));
     let (measured, seconds) = (tally.latencies.count(), plan.measure_ms as f64 / 1000.0);
     let per_second = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
     Ok(Figures {
@@ -133,6 +162,8 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
         per_second: per_second(measured as f64),
         p50_ms,
         p99_ms,
+        p999_ms,
+        refused_p99_ms: tally.refusals.percentile_ms(99.0),
         cpu_share: per_second(cpu.as_secs_f64()),
         ended_at_unix_ms: u64::try_from(ended_at)?,
         ..std::mem::take(&mut tally.figures)
@@ -149,31 +180,31 @@ struct Shared {
     prefer: HeaderValue,
     waits: bool,
     bodies: Bodies,
+    began: Instant,
     measured_from: Instant,
     measured_until: Instant,
     each: u64,
+    due: Option<Rc<Due>>,
     tally: RefCell<Tally>,
 }
 
 struct Tally {
     figures: Figures,
     latencies: Latencies,
+    refusals: Latencies,
 }
 
 impl Shared {
     async fn call(self: Rc<Self>, mut connection: Connection, address: Address) -> anyhow::Result<()> {
-        let mut sent = 0;
-        loop {
-            let begun = Instant::now();
-            let is_over = if self.each > 0 { sent == self.each } else { begun >= self.measured_until };
-            if is_over {
-                return Ok(());
-            }
-            sent += 1;
+        let mut stored = 0;
+        while let Some(begun) = self.next(stored).await {
             let posting = connection.post_json(self.path.clone(), self.prefer.clone(), self.bodies.next());
             match posting.await {
                 Ok(answer) => {
-                    if self.count(&answer, begun) == StatusCode::SERVICE_UNAVAILABLE {
+                    self.count(&answer, begun);
+                    let is_refused = answer.status == StatusCode::SERVICE_UNAVAILABLE;
+                    stored += u64::from(!is_refused);
+                    if is_refused && self.due.is_none() {
                         sleep(PAUSE_WHEN_REFUSED).await;
                     }
                 }
@@ -183,38 +214,67 @@ impl Shared {
                 }
             }
         }
+        Ok(())
     }
 
-    fn count(&self, answer: &Answer, begun: Instant) -> StatusCode {
+    /// From when on the next order's latency counts; none when there is no next one.
+    async fn next(&self, stored: u64) -> Option<Instant> {
+        if let Some(due) = &self.due {
+            return due.next().await;
+        }
         let now = Instant::now();
-        let mut tally = self.tally.borrow_mut();
+        let is_over = if self.each > 0 { stored == self.each } else { now >= self.measured_until };
+        (!is_over).then_some(now)
+    }
+
+    fn count(&self, answer: &Answer, begun: Instant) {
+        let now = Instant::now();
+        let (latency, is_measured) = (now - begun, now >= self.measured_from && now < self.measured_until);
+        let tally = &mut *self.tally.borrow_mut();
+        let place = (now - self.began).as_secs() as usize;
+        if tally.figures.seconds.len() <= place {
+            tally.figures.seconds.resize_with(place + 1, Second::default);
+        }
+        let second = &mut tally.figures.seconds[place];
         match answer.status {
             // The cheapest sign that the worker has answered, and this order at that.
             StatusCode::CREATED if self.waits && !contains(&answer.body, br#""order_status":"done""#) => {
                 tally.figures.created += 1;
-                drop(tally);
-                self.count_failure(format!("201 without an answer: {}", String::from_utf8_lossy(&answer.body)));
+                tally.figures.failed(|| format!("201 without an answer: {}", String::from_utf8_lossy(&answer.body)));
             }
             StatusCode::CREATED => {
                 tally.figures.created += 1;
-                if now >= self.measured_from && now < self.measured_until {
-                    tally.latencies.record(now - begun);
+                second.created += 1;
+                second.worst_ms = second.worst_ms.max(latency.as_secs_f64() * 1000.0);
+                if is_measured {
+                    tally.latencies.record(latency);
                 }
             }
-            StatusCode::ACCEPTED => tally.figures.not_yet += 1,
-            StatusCode::SERVICE_UNAVAILABLE => tally.figures.refused += 1,
-            status => {
-                drop(tally);
-                self.count_failure(format!("{status}: {}", String::from_utf8_lossy(&answer.body)));
+            StatusCode::ACCEPTED => {
+                tally.figures.not_yet += 1;
+                second.not_yet += 1;
             }
+            StatusCode::SERVICE_UNAVAILABLE => {
+                tally.figures.refused += 1;
+                second.refused += 1;
+                if is_measured {
+                    tally.refusals.record(latency);
+                }
+                tally.figures.refused_without_retry_after += u64::from(!answer.headers.contains_key(RETRY_AFTER));
+            }
+            status => tally.figures.failed(|| format!("{status}: {}", String::from_utf8_lossy(&answer.body))),
         }
-        answer.status
     }
 
     fn count_failure(&self, what: String) {
-        let figures = &mut self.tally.borrow_mut().figures;
-        figures.failed += 1;
-        figures.first_failure.get_or_insert(what);
+        self.tally.borrow_mut().figures.failed(|| what);
+    }
+}
+
+impl Figures {
+    fn failed(&mut self, what: impl FnOnce() -> String) {
+        self.failed += 1;
+        self.first_failure.get_or_insert_with(what);
     }
 }
 
@@ -230,7 +290,7 @@ mod tests {
     use test_support::stand_in::{respond, serve};
 
     fn plan(url: String) -> Plan {
-        Plan { url, callers: 8, wait: 5, warm_up_ms: 50, measure_ms: 200, each: 0 }
+        Plan { url, callers: 8, wait: 5, warm_up_ms: 50, measure_ms: 200, each: 0, rate: 0.0 }
     }
 
     /// The load generator has a runtime of its own, so it gets a thread of its own.

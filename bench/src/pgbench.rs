@@ -1,11 +1,15 @@
 //! The ceiling: what PostgreSQL itself does on this machine in this hour, measured with pgbench.
 
+use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde::Serialize;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
+
+use client::latency::Latencies;
 
 use crate::database::Database;
 use crate::load_orders::Bodies;
@@ -54,13 +58,51 @@ pub struct Figures {
     pub latency_average_ms: f64,
 }
 
-/// Empty tables each time, so that a second run finds what the first one found.
+/// What one transaction takes when nothing else runs: the price of a commit.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SingleCommits {
+    pub p50_ms: f64,
+    pub p99_ms: f64,
+}
+
+/// As many as it does, by many clients.
 pub async fn run(database: &Database, seconds: u64) -> anyhow::Result<Figures> {
+    let arguments = ["-c", &CLIENTS.to_string(), "-j", &THREADS.to_string()].map(str::to_owned);
+    let text = pgbench(database, seconds, &arguments).await?;
+    parse(&text).with_context(|| format!("pgbench said:\n{text}"))
+}
+
+/// One client, one transaction after the other; what it logs of each goes to `folder` for a moment.
+pub async fn single_commits(database: &Database, seconds: u64, folder: &Path) -> anyhow::Result<SingleCommits> {
+    const PREFIX: &str = "single-commits";
+    let prefix = folder.join(PREFIX);
+    let prefix = prefix.to_str().context("a folder of the benchmark is no text")?;
+    pgbench(database, seconds, &["-c", "1", "-l", "--log-prefix", prefix].map(str::to_owned)).await?;
+    let mut latencies = Latencies::new()?;
+    for entry in std::fs::read_dir(folder).context("looking for pgbench's log")? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let log = std::fs::read_to_string(entry.path()).context("reading pgbench's log")?;
+            std::fs::remove_file(entry.path()).context("removing pgbench's log")?;
+            log.lines().filter_map(micros).for_each(|took| latencies.record(took));
+        }
+    }
+    let of = |part| latencies.percentile_ms(part).context("pgbench logged no transaction");
+    Ok(SingleCommits { p50_ms: of(50.0)?, p99_ms: of(99.0)? })
+}
+
+/// client, transaction, **microseconds**, script, second, microsecond
+fn micros(line: &str) -> Option<Duration> {
+    Some(Duration::from_micros(line.split_whitespace().nth(2)?.parse().ok()?))
+}
+
+/// What it printed. Empty tables each time, so that a second run finds what the first one found.
+async fn pgbench(database: &Database, seconds: u64, arguments: &[String]) -> anyhow::Result<String> {
     database.connect().await?.batch_execute(TABLES).await.context("making pgbench's tables")?;
     let (payload, event) = bytes_of_a_row();
     let mut child = Command::new("pgbench")
-        .args(["-n", "-M", "prepared", "-f", "-"])
-        .args(["-c", &CLIENTS.to_string(), "-j", &THREADS.to_string(), "-T", &seconds.to_string()])
+        .args(["-n", "-M", "prepared", "-f", "-", "-T", &seconds.to_string()])
+        .args(arguments)
         .args(["-D", &format!("payload={payload}"), "-D", &format!("event={event}")])
         .envs(database.program_environment()?)
         .stdin(Stdio::piped())
@@ -75,19 +117,17 @@ pub async fn run(database: &Database, seconds: u64) -> anyhow::Result<Figures> {
     let output = child.wait_with_output().await.context("waiting for pgbench")?;
     let complaints = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "pgbench: {}: {}", output.status, complaints.trim());
-    let text = String::from_utf8_lossy(&output.stdout);
-    let figures = parse(&text).with_context(|| format!("pgbench said:\n{text}\n{complaints}"))?;
     database
         .connect()
         .await?
         .batch_execute("drop schema ceiling cascade")
         .await
         .context("dropping pgbench's tables")?;
-    Ok(figures)
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// A payload like those that are sent to the service, and an event that carries it.
-fn bytes_of_a_row() -> (String, String) {
+pub fn bytes_of_a_row() -> (String, String) {
     let payload = Bodies::new(0).typical_payload();
     let event = format!(
         r#"{{"event_id":"{id}","type":"order.created","order_id":"{id}","external_id":"{id}","user_id":"{id}","lifecycle":"marketplace","status":"new","version":1,"amount":null,"currency":"BRL","items":null,"payload":{payload},"correlation_id":"{id}","timestamp":"2026-01-01T00:00:00.000000Z"}}"#,
@@ -111,6 +151,12 @@ fn parse(text: &str) -> anyhow::Result<Figures> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_of_a_transaction_is_read_from_the_log() {
+        assert_eq!(micros("0 1 2038 0 1767225600 123456"), Some(Duration::from_micros(2038)));
+        assert_eq!(micros("0 1"), None);
+    }
 
     #[test]
     fn pgbenchs_figures_are_read_and_failures_are_noticed() {

@@ -17,7 +17,8 @@ use crate::procfs;
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longer than the service's own bound (`SHUTDOWN_TIMEOUT_MS`, 15 s).
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
-const POLL: Duration = Duration::from_millis(50);
+/// Fine enough to say how long a start takes.
+const POLL: Duration = Duration::from_millis(5);
 const LOG_LINES_SHOWN: usize = 20;
 
 pub struct Process {
@@ -26,11 +27,13 @@ pub struct Process {
     pid: u32,
     address: Address,
     log: PathBuf,
+    /// From its start until it said so.
+    pub ready_after_ms: u64,
 }
 
 impl Process {
-    /// Starts the binary of this name in the folder `binaries`. Returns once it is ready. What it logs goes to a file in `folder`, which is also where it
-    /// runs: a `.env` of the checkout is not for it.
+    /// Starts the binary of this name in the folder `binaries`. Returns once it is ready. What it logs
+    /// goes to a file in `folder`, which is also where it runs: a `.env` of the checkout is not for it.
     pub async fn start(
         binaries: &Path,
         name: &'static str,
@@ -39,6 +42,7 @@ impl Process {
     ) -> anyhow::Result<Self> {
         let log = folder.join(format!("{name}.log"));
         let stderr = std::fs::File::create(&log).with_context(|| format!("creating {}", log.display()))?;
+        let began = Instant::now();
         let mut child = Command::new("sh")
             // 1,000 parked callers are more files than many systems grant unasked.
             .args(["-c", r#"ulimit -n "$(ulimit -Hn)" || :; exec "$0""#])
@@ -56,7 +60,8 @@ impl Process {
         let ready = timeout(START_TIMEOUT, ready_at(stdout)).await;
         let address = ready.map_err(|_| anyhow::anyhow!("not ready within {START_TIMEOUT:?}")).and_then(|at| at);
         let address = address.with_context(|| format!("{name} did not start; its log ends:\n{}", tail(&log)))?;
-        Ok(Self { name, child, pid, address, log })
+        let ready_after_ms = u64::try_from(began.elapsed().as_millis())?;
+        Ok(Self { name, child, pid, address, log, ready_after_ms })
     }
 
     pub fn address(&self) -> &Address {

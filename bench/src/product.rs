@@ -14,6 +14,7 @@ use crate::process::{self, Process};
 use crate::procfs;
 use crate::topics::Topics;
 
+const ACCEPTED: &str = "orderstream_orders_accepted_total";
 const HANDLED: &str = "orderstream_worker_handled_total";
 const WAITERS: &str = "orderstream_waiters";
 
@@ -25,12 +26,31 @@ const PARK_TIMEOUT: Duration = Duration::from_secs(20);
 /// The longest that a caller may wait: parked ones must not run out of time while measured.
 pub const WAIT_MAX_SECONDS: u32 = 60;
 
+/// The service's own default for `MAX_WAITERS`.
+pub const MAX_WAITERS: usize = 10_000;
+
 pub struct Product {
     pub api: Process,
     pub worker: Process,
     worker_metrics: Metrics,
     api_metrics: Metrics,
     postgres: Option<u32>,
+}
+
+/// What both processes have counted since they started.
+pub struct Counters {
+    api: Metrics,
+    worker: Metrics,
+}
+
+impl Counters {
+    pub async fn accepted(&mut self) -> anyhow::Result<u64> {
+        self.api.sum(ACCEPTED).await.context("asking the API")
+    }
+
+    pub async fn handled(&mut self) -> anyhow::Result<u64> {
+        self.worker.sum(HANDLED).await.context("asking the worker")
+    }
 }
 
 /// Resident memory, in KiB.
@@ -70,8 +90,8 @@ impl Product {
             ("ORDERS_ACK_TOPIC", topics.acks.clone()),
             ("WORKER_GROUP", topics.group.clone()),
             ("API_PORT", "127.0.0.1:0".to_owned()),
-            ("GRPC_PORT", "off".to_owned()),
-            ("ADMIN_PORT", "off".to_owned()),
+            ("GRPC_PORT", "127.0.0.1:0".to_owned()),
+            ("ADMIN_PORT", "127.0.0.1:0".to_owned()),
             ("WORKER_PORT", "127.0.0.1:0".to_owned()),
             ("ACK_WAIT_MAX_MS", (WAIT_MAX_SECONDS * 1000).to_string()),
         ];
@@ -85,6 +105,12 @@ impl Product {
 
     pub fn address(&self) -> &Address {
         self.api.address()
+    }
+
+    /// The counts of both, over connections of their own.
+    pub async fn metrics(&self) -> anyhow::Result<Counters> {
+        let (api, worker) = (Metrics::of(self.api.address()).await?, Metrics::of(self.worker.address()).await?);
+        Ok(Counters { api, worker })
     }
 
     /// How many orders the worker has handled since it started.

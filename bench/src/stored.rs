@@ -2,7 +2,6 @@
 //! stored, and how PostgreSQL found the answers, by its own count.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
@@ -12,11 +11,11 @@ use tokio_postgres::Client;
 
 use crate::cached;
 use crate::database::Database;
+use crate::ground::{self, Ground, Servers, step};
 use crate::http::{Address, Answer, Connection};
 use crate::indexes;
+use crate::measure::Bench;
 use crate::process;
-use crate::product;
-use crate::run::{self, Bench, Ground, Servers, step};
 use client::latency::Latencies;
 use client::table;
 
@@ -30,7 +29,7 @@ const DEEP_PAGE: u64 = 10_000;
 /// Not measured: statements are prepared, pages come into memory.
 const WARM_UP: usize = 50;
 /// A p50 that grows by more than this from the fewest orders to the most is not flat.
-const FLAT: f64 = 1.5;
+pub const FLAT: f64 = 1.5;
 /// PostgreSQL's idle backends tell what they have counted within 10 s.
 const COUNTED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -47,8 +46,8 @@ pub struct Options {
 }
 
 /// A question, and the paths that ask it.
-struct Question {
-    name: &'static str,
+pub(crate) struct Question {
+    pub name: &'static str,
     paths: Vec<String>,
     /// The index that answers it.
     index: &'static str,
@@ -59,22 +58,11 @@ struct Question {
 /// # Errors
 /// When an answer is wrong, or was not found as it should be.
 pub async fn run(options: &Options, interrupted: impl Future<Output = ()>) -> anyhow::Result<String> {
-    product::ensure_built(&process::own_folder()?)?;
-    let folder = run::default_folder()?;
-    std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    let ground = Ground::create(&options.servers).await?;
-    let result = tokio::select! {
-        result = all(options, &ground, &folder) => result,
-        () = interrupted => Err(anyhow::anyhow!("interrupted")),
-    };
-    if let Err(error) = ground.remove(&options.servers).await {
-        eprintln!("tidying up: {error:#}");
-    }
-    result
+    ground::used(&options.servers, false, interrupted, async |ground| all(options, ground).await).await
 }
 
-async fn all(options: &Options, ground: &Ground, folder: &Path) -> anyhow::Result<String> {
-    let mut product = ground.start(&process::own_folder()?, &[], folder).await?;
+async fn all(options: &Options, ground: &Ground) -> anyhow::Result<String> {
+    let mut product = ground.start(&process::own_folder()?, &[]).await?;
     let mut text = measure(options, &ground.database, product.address()).await?;
     if options.rounds > 0 {
         let mut bench = Bench::new(indexes::WARM_UP, indexes::MEASURE);
@@ -83,7 +71,7 @@ async fn all(options: &Options, ground: &Ground, folder: &Path) -> anyhow::Resul
     }
     if let Some(redis) = &options.redis {
         text.push('\n');
-        text.push_str(&cached::run(ground, &product, redis, folder).await?);
+        text.push_str(&cached::run(ground, &product, redis).await?);
     }
     product.stop().await?;
     Ok(text)
@@ -118,7 +106,7 @@ async fn measure(options: &Options, database: &Database, address: &Address) -> a
 }
 
 /// Orders as the service would have left them, up to so many: of one every second, newest last.
-async fn fill(client: &Client, from: u64, to: u64) -> anyhow::Result<()> {
+pub(crate) async fn fill(client: &Client, from: u64, to: u64) -> anyhow::Result<()> {
     step(&format!("storing orders up to {to}"));
     let rows = format!(
         "create temp table filling as
@@ -148,7 +136,7 @@ async fn fill(client: &Client, from: u64, to: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn questions(
+pub(crate) async fn questions(
     client: &Client,
     connection: &mut Connection,
     address: &Address,
@@ -207,7 +195,7 @@ async fn deep_pages(connection: &mut Connection, address: &Address, stored: u64)
 
 /// What the answers took, and how many orders were read for them: one more than a page holds shows
 /// that there is another page.
-async fn ask(
+pub(crate) async fn ask(
     connection: &mut Connection,
     address: &Address,
     question: &Question,

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
+
+use crate::ground::Servers;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -24,14 +25,8 @@ impl Topics {
         }
     }
 
-    /// `properties` as in `KAFKA_CONFIG`: `key=value,key=value`.
-    pub async fn remove(&self, brokers: &str, properties: &str) -> anyhow::Result<()> {
-        let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", brokers);
-        for (key, value) in properties.split(',').filter_map(|pair| pair.split_once('=')) {
-            config.set(key.trim(), value.trim());
-        }
-        let admin: AdminClient<DefaultClientContext> = config.create().context("connecting to Kafka")?;
+    pub async fn remove(&self, servers: &Servers) -> anyhow::Result<()> {
+        let admin: AdminClient<DefaultClientContext> = servers.kafka().create().context("connecting to Kafka")?;
         let options = AdminOptions::new().request_timeout(Some(TIMEOUT)).operation_timeout(Some(TIMEOUT));
         let deleted = admin.delete_topics(&[self.events.as_str(), self.acks.as_str()], &options).await;
         // What a run that failed early has not made cannot be deleted, and need not be.

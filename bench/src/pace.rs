@@ -1,0 +1,104 @@
+//! When the orders of an open loop are due: at a fixed rate, whatever becomes of those before them.
+//! Latencies are counted from then on, so that a service which stalls cannot hide it by keeping its
+//! callers from asking (coordinated omission).
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
+
+/// So many due at once are told at once.
+const TOLD: usize = 1024;
+
+/// What is due and not yet sent, for all callers of one thread.
+pub struct Due {
+    queue: RefCell<VecDeque<Instant>>,
+    waiting: Semaphore,
+}
+
+impl Due {
+    /// Begins at once and ends at `until`.
+    ///
+    /// # Errors
+    /// When the machine grants no thread.
+    pub fn start(per_second: f64, until: Instant) -> anyhow::Result<Rc<Self>> {
+        let (told, mut hears) = mpsc::channel(TOLD);
+        // A thread of its own: the runtime's timer is good to a millisecond, in which the service has
+        // answered.
+        std::thread::Builder::new()
+            .name("pace".to_owned())
+            .spawn(move || tell(per_second, until, &told))
+            .context("starting a thread")?;
+        let due = Rc::new(Self { queue: RefCell::default(), waiting: Semaphore::new(0) });
+        let all = due.clone();
+        tokio::task::spawn_local(async move {
+            while let Some(at) = hears.recv().await {
+                all.queue.borrow_mut().push_back(at);
+                all.waiting.add_permits(1);
+            }
+            // Whoever waits for more hears that there is none.
+            all.waiting.close();
+        });
+        Ok(due)
+    }
+
+    /// When the next order was due; none when that was the last.
+    pub async fn next(&self) -> Option<Instant> {
+        loop {
+            // What is due already is sent, however late.
+            if let Some(at) = self.queue.borrow_mut().pop_front() {
+                if let Ok(permit) = self.waiting.try_acquire() {
+                    permit.forget();
+                }
+                return Some(at);
+            }
+            // Somebody may have taken it by the time this runs.
+            match self.waiting.acquire().await {
+                Ok(permit) => permit.forget(),
+                Err(_) => return self.queue.borrow_mut().pop_front(),
+            }
+        }
+    }
+}
+
+fn tell(per_second: f64, until: Instant, told: &mpsc::Sender<Instant>) {
+    let began = Instant::now();
+    for number in 0_u32.. {
+        let at = began + Duration::from_secs_f64(f64::from(number) / per_second);
+        if at >= until {
+            return;
+        }
+        std::thread::sleep(at.saturating_duration_since(Instant::now()));
+        if told.blocking_send(at).is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::LocalSet;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn orders_are_due_at_their_times_however_late_they_are_asked_for() {
+        let all = LocalSet::new().run_until(async {
+            let due = Due::start(1000.0, Instant::now() + Duration::from_millis(50)).expect("a thread");
+            let mut all = Vec::new();
+            while let Some(at) = due.next().await {
+                all.push(at);
+            }
+            all
+        });
+        let all = all.await;
+        assert!((45..=51).contains(&all.len()), "{} are due in 50 ms", all.len());
+        for pair in all.windows(2) {
+            assert_eq!((pair[1] - pair[0]).as_micros() / 10, 100, "one every millisecond");
+        }
+    }
+}
