@@ -132,10 +132,10 @@ impl Producer {
                 ("enable.idempotence", "true"),
                 ("acks", "all"),
                 ("message.timeout.ms", &message_timeout),
-                // So that what one transaction wrote goes out together: with 0 the first message goes
-                // alone, and each request costs the broker and us. A lone caller pays for it in
-                // latency.
-                ("linger.ms", "0.2"),
+                // librdkafka's timers are good to a millisecond at best: any linger, however short, costs
+                // each lone order two of these (its event and its answer). Under load a request
+                // gathers what comes while the one before it is under way.
+                ("linger.ms", "0"),
                 // Topics are made by `ensure_topics`, with as many partitions as they should have.
                 ("allow.auto.create.topics", "false"),
                 // So that a message for one that is not there fails for that reason, rather than by
