@@ -1,6 +1,6 @@
 # The steps themselves are scripts in deploy/, which also take arguments.
 .DEFAULT_GOAL := help
-.PHONY: help run run-api run-worker test demo migrate bench bench-scale lint compose-test down clean
+.PHONY: help run run-api run-worker test demo migrate bench bench-scale bench-micro lint compose-test down clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ bench: ## Measure orders per second and latencies, beside pgbench (ARGS=…)
 
 bench-scale: ## The same with up to ten million orders stored (an hour; 40 GB of disk)
 	@deploy/bench scale $(ARGS)
+
+bench-micro: ## Time what each order goes through, and count its allocations (ARGS=…)
+	@deploy/bench-micro $(ARGS)
 
 lint: ## Formatting, clippy, shellcheck
 	@deploy/lint

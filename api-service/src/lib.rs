@@ -11,6 +11,9 @@ mod change;
 pub mod config;
 mod error;
 mod grpc;
+#[cfg(feature = "hot")]
+#[doc(hidden)]
+pub mod hot;
 mod http;
 mod idempotency;
 mod identity;

@@ -10,6 +10,9 @@ mod clock;
 pub mod config;
 mod consumer;
 mod handler;
+#[cfg(feature = "hot")]
+#[doc(hidden)]
+pub mod hot;
 mod http;
 mod parking;
 mod received;

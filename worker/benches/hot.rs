@@ -1,0 +1,72 @@
+//! What each event goes through in `worker`, each step with those before it: `make bench-micro`.
+
+use std::time::Duration;
+
+use divan::{AllocProfiler, Bencher, Divan};
+use mimalloc::MiMalloc;
+use serde_json::value::RawValue;
+use shared::message::{Event, EventType, Headers, ReplyTo, now};
+use test_support::marketplace_order;
+use uuid::Uuid;
+use worker::hot::Desk;
+
+/// Counts what it passes on to the allocator of the release.
+#[global_allocator]
+static ALLOCATOR: AllocProfiler<MiMalloc> = AllocProfiler::new(MiMalloc);
+
+/// Long enough for a median that stays.
+const EACH: Duration = Duration::from_millis(300);
+const LINES: [usize; 2] = [1, 20];
+
+fn main() {
+    Divan::default().min_time(EACH).config_with_args().main();
+}
+
+#[divan::bench(args = LINES)]
+fn a_read(bencher: Bencher<'_, '_>, lines: usize) {
+    let desk = desk(lines);
+    bencher.bench(|| desk.read().is_ok());
+}
+
+#[divan::bench(args = LINES)]
+fn b_read_and_handle(bencher: Bencher<'_, '_>, lines: usize) {
+    let desk = desk(lines);
+    assert!(desk.handle().is_ok_and(|answer| answer.order_status == "done"));
+    bencher.bench(|| desk.handle());
+}
+
+#[divan::bench(args = LINES)]
+fn c_read_handle_and_reply(bencher: Bencher<'_, '_>, lines: usize) {
+    let desk = desk(lines);
+    bencher.bench(|| desk.reply());
+}
+
+fn desk(lines: usize) -> Desk {
+    #[derive(serde::Deserialize)]
+    struct Body {
+        payload: Box<RawValue>,
+    }
+    let Body { payload } = serde_json::from_str(&marketplace_order(lines)).expect("a payload");
+    let (event_id, correlation_id) = (Uuid::now_v7(), Uuid::now_v7());
+    let event = Event {
+        event_id,
+        kind: EventType::Created,
+        order_id: Uuid::now_v7(),
+        external_id: Some("03ffce741877a000ca0fb3520673d4c4".into()),
+        user_id: "e937151346d1bec664f5b80cd798bdd2".into(),
+        lifecycle: "marketplace".into(),
+        status: "new".into(),
+        version: 1,
+        amount: None,
+        currency: Some("BRL".into()),
+        items: None,
+        payload: Some(&payload),
+        correlation_id,
+        timestamp: now(),
+    };
+    let mut headers = Headers::cloud_event(event_id, event.kind.name(), "/orderstream/api-service", event.timestamp);
+    headers.push("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+    let correlation = correlation_id.as_bytes().to_vec();
+    headers.push_reply_to(&ReplyTo { correlation, topic: "orders.ack".to_owned(), partition: 3 });
+    Desk::with(headers, serde_json::to_vec(&event).expect("an event"))
+}
