@@ -228,8 +228,10 @@ impl<'a> Stored<'a> {
         match std::str::from_utf8(value) {
             Ok(text) if !text.contains('\0') => Self::Text(text.into()),
             _ => {
-                let hex = value.iter().map(|byte| format!("{byte:02x}")).collect();
-                Self::Bytes(BTreeMap::from([("hex".into(), hex)]))
+                const DIGITS: [char; 16] =
+                    ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f'];
+                let hex = value.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|digit| DIGITS[usize::from(digit)]);
+                Self::Bytes(BTreeMap::from([("hex".into(), hex.collect())]))
             }
         }
     }
