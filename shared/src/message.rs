@@ -188,7 +188,7 @@ impl Headers {
         // rdkafka unwraps the name's UTF-8, and has no other way to it.
         std::panic::catch_unwind(AssertUnwindSafe(|| {
             let headers = headers.into_iter().flat_map(|headers| headers.iter());
-            Self(headers.map(|h| (h.key.to_owned().into(), h.value.unwrap_or_default().to_vec())).collect())
+            Self(headers.map(|h| (name_of(h.key), h.value.unwrap_or_default().to_vec())).collect())
         }))
         .ok()
     }
@@ -214,6 +214,24 @@ impl Headers {
         let stored: Vec<(String, Stored<'_>)> = serde_json::from_str(json)?;
         Ok(Self(stored.into_iter().map(|(key, value)| (key.into(), value.bytes())).collect()))
     }
+}
+
+/// A header's name; those that we send ourselves, which is nearly all, without a copy.
+fn name_of(name: &str) -> Cow<'static, str> {
+    const OURS: [&str; 11] = [
+        "ce_specversion",
+        "ce_id",
+        "ce_type",
+        "ce_source",
+        "ce_time",
+        "content-type",
+        CORRELATION_ID,
+        REPLY_TOPIC,
+        REPLY_PARTITION,
+        TRACE_HEADERS[0],
+        TRACE_HEADERS[1],
+    ];
+    OURS.into_iter().find(|ours| *ours == name).map_or_else(|| name.to_owned().into(), Cow::Borrowed)
 }
 
 #[derive(Serialize, Deserialize)]
