@@ -1,14 +1,14 @@
 //! The fields of an order's JSON object, as they stand there: one table of names, checked for what
 //! nobody knows and for what is given twice. What they mean is [`crate::request`]'s.
 
-use std::{borrow::Cow, fmt};
+use std::fmt;
 
 use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
-use shared::order::{self, Violation};
+use shared::order::{self, Text, Violation};
 
 /// The fields we know, each as it stands in the body.
 #[derive(Default)]
@@ -46,7 +46,7 @@ impl<'de> Deserialize<'de> for Body<'de> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut body = Body::default();
-                while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+                while let Some(Text(key)) = map.next_key()? {
                     let name = ALIASES.iter().find(|(alias, _)| *alias == key).map_or(&*key, |(_, name)| name);
                     let Some(index) = FIELDS.iter().position(|field| *field == name) else {
                         map.next_value::<IgnoredAny>()?;

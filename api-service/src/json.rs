@@ -8,7 +8,7 @@ use serde::{
     de::{MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
-use shared::order::{escape, text};
+use shared::order::{Text, escape, text};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_128};
 
 /// Deeper than any order; shallower than what a reader with a stack can follow.
@@ -125,11 +125,8 @@ impl<'de> Deserialize<'de> for Pairs<'de> {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                /// serde borrows a key only where it is told to.
-                #[derive(Deserialize)]
-                struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
                 let mut pairs = Vec::new();
-                while let Some((Key(key), value)) = map.next_entry()? {
+                while let Some((Text(key), value)) = map.next_entry()? {
                     pairs.push((key, value));
                 }
                 Ok(Pairs(pairs))

@@ -100,7 +100,7 @@ struct RawItem<'a> {
     product_id: Option<&'a RawValue>,
     quantity: Option<&'a RawValue>,
     unit_price: Option<&'a RawValue>,
-    unknown: Vec<String>,
+    unknown: Vec<Cow<'a, str>>,
     twice: Vec<&'static str>,
 }
 
@@ -116,14 +116,14 @@ impl<'de> Deserialize<'de> for RawItem<'de> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut item = RawItem::default();
-                while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+                while let Some(Text(key)) = map.next_key()? {
                     let (field, name) = match &*key {
                         "product_id" => (&mut item.product_id, "product_id"),
                         "quantity" => (&mut item.quantity, "quantity"),
                         "unit_price" | "price" => (&mut item.unit_price, "unit_price"),
                         _ => {
                             map.next_value::<IgnoredAny>()?;
-                            item.unknown.push(key.into_owned());
+                            item.unknown.push(key);
                             continue;
                         }
                     };
@@ -187,13 +187,20 @@ fn parse_item<'a>(
     Some(Item { product_id: product_id.ok()?, quantity: quantity.ok()?, unit_price: unit_price?.ok()? })
 }
 
+/// The text of a JSON string. `Cow` alone would always copy: serde borrows only where it is told to.
+#[derive(Debug, Deserialize)]
+pub struct Text<'a>(#[serde(borrow)] pub Cow<'a, str>);
+
 /// The text of a JSON string; a lone surrogate or another type is `None`.
 #[must_use]
 pub fn text(raw: &RawValue) -> Option<Cow<'_, str>> {
-    /// `Cow` alone would always copy: serde borrows only where it is told to.
-    #[derive(Deserialize)]
-    struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
-    serde_json::from_str::<Text<'_>>(raw.get()).ok().map(|text| text.0)
+    let inner = raw.get().strip_prefix('"')?.strip_suffix('"')?;
+    // It is JSON already: without an escape, what stands there is the text.
+    if inner.contains('\\') {
+        serde_json::from_str::<Text<'_>>(raw.get()).ok().map(|text| text.0)
+    } else {
+        Some(inner.into())
+    }
 }
 
 /// An id from elsewhere: text, or a whole number, which is as good.
