@@ -6,16 +6,21 @@ use std::sync::{
 };
 
 use dashmap::DashMap;
+use metrics::Gauge;
 use shared::message::Answer;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
 /// A handle to the table.
 #[derive(Clone)]
-pub(crate) struct Waiters {
-    table: Arc<DashMap<Uuid, oneshot::Sender<Answer>>>,
-    count: Arc<AtomicUsize>,
+pub(crate) struct Waiters(Arc<Table>);
+
+struct Table {
+    senders: DashMap<Uuid, oneshot::Sender<Answer>>,
+    count: AtomicUsize,
     limit: usize,
+    /// Looked up once: each look for it costs as much as a place in the table.
+    gauge: Gauge,
 }
 
 /// A place in the table. Dropping it gives the place up, whatever ends the wait: the answer, the
@@ -28,29 +33,30 @@ pub(crate) struct Waiter {
 
 impl Waiters {
     pub(crate) fn new(limit: usize) -> Self {
-        Self { table: Arc::default(), count: Arc::default(), limit }
+        let gauge = metrics::gauge!("orderstream_waiters");
+        Self(Arc::new(Table { senders: DashMap::new(), count: AtomicUsize::new(0), limit, gauge }))
     }
 
     /// Takes a place. Before the event can be seen: an answer that comes first would find nobody.
     /// `None` when there are too many already.
     pub(crate) fn register(&self, id: Uuid) -> Option<Waiter> {
-        let before = self.count.fetch_add(1, Ordering::Relaxed);
-        if before >= self.limit {
-            self.count.fetch_sub(1, Ordering::Relaxed);
+        let before = self.0.count.fetch_add(1, Ordering::Relaxed);
+        if before >= self.0.limit {
+            self.0.count.fetch_sub(1, Ordering::Relaxed);
             return None;
         }
-        metrics::gauge!("orderstream_waiters").increment(1.0);
+        self.0.gauge.increment(1.0);
         let (sender, answer) = oneshot::channel();
-        self.table.insert(id, sender);
+        self.0.senders.insert(id, sender);
         Some(Waiter { id, waiters: self.clone(), answer })
     }
 
     /// Gives the answer to whoever waits for it here. `read` is called only if somebody does.
     pub(crate) fn answer(&self, id: Uuid, read: impl FnOnce() -> Option<Answer>) {
         // The guard of the table is gone before anything is read or sent.
-        if self.table.contains_key(&id)
+        if self.0.senders.contains_key(&id)
             && let Some(answer) = read()
-            && let Some((_, sender)) = self.table.remove(&id)
+            && let Some((_, sender)) = self.0.senders.remove(&id)
         {
             let _ = sender.send(answer);
         }
@@ -69,9 +75,9 @@ impl Waiter {
 
 impl Drop for Waiter {
     fn drop(&mut self) {
-        self.waiters.table.remove(&self.id);
-        self.waiters.count.fetch_sub(1, Ordering::Relaxed);
-        metrics::gauge!("orderstream_waiters").decrement(1.0);
+        self.waiters.0.senders.remove(&self.id);
+        self.waiters.0.count.fetch_sub(1, Ordering::Relaxed);
+        self.waiters.0.gauge.decrement(1.0);
     }
 }
 
@@ -115,7 +121,7 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_secs(5), waiter.answered()).await.is_err());
         drop(waiter);
         waiters.answer(id, || panic!("nobody waits"));
-        assert!(waiters.table.is_empty());
+        assert!(waiters.0.senders.is_empty());
     }
 
     #[test]
