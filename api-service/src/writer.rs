@@ -44,15 +44,17 @@ use crate::{
     },
 };
 
-/// Most changes in one transaction. Beyond this nothing is won, and one bad one costs more.
-const BATCH: usize = 256;
+/// Most changes in one transaction. Beyond a few hundred little is won while all keep up; but when
+/// thousands of connections have something to say, each step of a transaction waits its turn among
+/// them, and what goes through with one is what is stored at all: with 256, half of the peak.
+const BATCH: usize = 1024;
 /// Writers of changes, which may have to wait for the locks of others; new orders must not wait for
 /// these, and have one writer of their own. More would not help: a statement costs as much as twenty
 /// orders in it, and two writers would gather half as many each.
 const CHANGE_WRITERS: usize = 2;
 /// Changes that may wait for each writer: some tenths of a second. Beyond that a client had
 /// better hear at once that we are full.
-const QUEUE: usize = 4_096;
+const QUEUE: usize = 2_048;
 /// What all that waits may come to, in KiB: thousands of the largest bodies would not fit.
 const QUEUE_KIB: usize = 64 * 1024;
 /// What those who bring many at once have in the queues, in KiB and all together, and what each
@@ -62,6 +64,7 @@ const BULK_LINE_KIB: u32 = 16;
 /// So often others may be quicker, or in the way, before the caller is told to try again.
 const CONTENTION_RETRIES: usize = 5;
 
+const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
 const SHUTTING_DOWN: Problem = Problem::Unavailable("shutting down");
 
 /// What is to be made durable.
@@ -208,9 +211,17 @@ impl Writer {
         }
     }
 
+    /// Would a new order be refused, whatever it is? For those who would rather not read one in vain:
+    /// while more comes than can be stored, each that is refused takes time from one that is not.
+    ///
+    /// # Errors
+    /// That there is no room.
+    pub(crate) fn has_room(&self) -> Result<(), Problem> {
+        if self.creates.capacity() == 0 { Err(FULL) } else { Ok(()) }
+    }
+
     /// Returns once the change is durable.
     pub(crate) async fn write(&self, work: Work, origin: Origin) -> Result<Written, Problem> {
-        const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
         let command = Command { work, origin, reply, _room: room, _queued: None };

@@ -24,8 +24,10 @@ use crate::report::mib;
 const CALLERS: [usize; 2] = [256, 512];
 const PEAK_WARM_UP: Duration = Duration::from_secs(5);
 const PEAK_MEASURE: Duration = Duration::from_secs(10);
-/// Of an open loop: enough for all that may be under way.
-const CONNECTIONS: usize = 2048;
+/// Of an open loop: enough for all that may be under way, and in an overload for more than the
+/// service has places for, or it would be the generator that holds the callers up.
+const CONNECTIONS: usize = 1024;
+const OVERLOAD_CONNECTIONS: usize = 8192;
 const LOOK: Duration = Duration::from_secs(1);
 /// After an overload: half of the peak, for so long.
 const RECOVERY: Duration = Duration::from_secs(15);
@@ -37,6 +39,12 @@ pub struct Options {
     /// Of the peak.
     pub share: f64,
     pub time: Duration,
+}
+
+impl Options {
+    fn connections(&self) -> usize {
+        if self.share > 1.0 { OVERLOAD_CONNECTIONS } else { CONNECTIONS }
+    }
 }
 
 /// What one look at the service found.
@@ -155,7 +163,7 @@ async fn watch(
     let client = ground.database.connect().await?;
     let rate = options.share * peak;
     step(&format!("{rate:.0} orders per s for {}", humantime::format_duration(options.time)));
-    let load = Load::open(Mode::Answered, rate, CONNECTIONS);
+    let load = Load::open(Mode::Answered, rate, options.connections());
     let started = bench.start(product, load).await?;
     let (began, mut looks, mut turn) = (Instant::now(), Vec::new(), interval(LOOK));
     let mut metrics = product.metrics().await?;
