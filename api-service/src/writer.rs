@@ -54,7 +54,7 @@ const BATCH: usize = 1024;
 const CHANGE_WRITERS: usize = 2;
 /// Changes that may wait for each writer: some tenths of a second. Beyond that a client had
 /// better hear at once that we are full.
-const QUEUE: usize = 2_048;
+const QUEUE: usize = 4_096;
 /// What all that waits may come to, in KiB: thousands of the largest bodies would not fit.
 const QUEUE_KIB: usize = 64 * 1024;
 /// What those who bring many at once have in the queues, in KiB and all together, and what each

@@ -24,6 +24,10 @@ use client::latency::Latencies;
 /// A caller that is told 503 comes back after this. `Retry-After` would be whole seconds, in which
 /// a closed loop offers nothing.
 const PAUSE_WHEN_REFUSED: Duration = Duration::from_millis(50);
+/// Connections: fewer than wait to be accepted on any listener.
+const OPENED_AT_ONCE: usize = 128;
+/// Where each caller has so many orders to get in, there is time for it.
+const PAUSE_OF_EACH: Duration = Duration::from_secs(1);
 
 /// How the benchmark asks for load, and how its load process is asked for it.
 #[derive(Args, Clone, Debug)]
@@ -110,9 +114,15 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
     let run = Uuid::now_v7().as_u64_pair().1;
 
     let mut connections = Vec::with_capacity(plan.callers);
-    for caller in 0..plan.callers {
-        let connection = Connection::open(&address).await;
-        connections.push(connection.with_context(|| format!("connection {} of {}", caller + 1, plan.callers))?);
+    while connections.len() < plan.callers {
+        let mut opening = JoinSet::new();
+        for _ in connections.len()..plan.callers.min(connections.len() + OPENED_AT_ONCE) {
+            let address = address.clone();
+            opening.spawn_local(async move { Connection::open(&address).await });
+        }
+        for opened in opening.join_all().await {
+            connections.push(opened.with_context(|| format!("opening {} connections", plan.callers))?);
+        }
     }
 
     let began = Instant::now();
@@ -205,7 +215,7 @@ impl Shared {
                     let is_refused = answer.status == StatusCode::SERVICE_UNAVAILABLE;
                     stored += u64::from(!is_refused);
                     if is_refused && self.due.is_none() {
-                        sleep(PAUSE_WHEN_REFUSED).await;
+                        sleep(if self.each > 0 { PAUSE_OF_EACH } else { PAUSE_WHEN_REFUSED }).await;
                     }
                 }
                 Err(error) => {

@@ -22,7 +22,7 @@ const WAITERS: &str = "orderstream_waiters";
 const POLL: Duration = Duration::from_millis(10);
 /// For which the worker may get no further.
 const STANDSTILL: Duration = Duration::from_secs(30);
-const PARK_TIMEOUT: Duration = Duration::from_secs(20);
+const PARK_TIMEOUT: Duration = Duration::from_secs(40);
 /// The longest that a caller may wait: parked ones must not run out of time while measured.
 pub const WAIT_MAX_SECONDS: u32 = 60;
 

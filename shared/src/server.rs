@@ -16,7 +16,7 @@ use hyper_util::{
     server::graceful::GracefulShutdown,
 };
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
     time::{Instant, timeout_at},
 };
@@ -44,6 +44,9 @@ const LINGER: Duration = Duration::from_millis(500);
 /// How long a connection that had begun when the listener began to close may take to be there: a
 /// round trip, and a busy machine.
 const CLOSING: Duration = Duration::from_millis(50);
+/// Connections that may wait to be accepted. One more waits a second until its client tries again, so
+/// a burst of callers must fit.
+const BACKLOG: u32 = 4096;
 /// When the process has no file descriptors left, accepting fails at once, again and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -238,7 +241,14 @@ fn closing(mut response: Response) -> Response {
 /// When the address is taken; the message names it and the setting to change.
 pub async fn bind(name: &str, setting: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
     use anyhow::Context as _;
-    let listener = TcpListener::bind(address).await.with_context(|| {
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        // As a restart needs it: connections of the last process may linger.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    let listener = listen().with_context(|| {
         format!("cannot listen on {address}; set {setting} to another port, or to 0 for a free one")
     })?;
     println!("{name}: listening on {}", listener.local_addr()?);
