@@ -87,7 +87,8 @@ mod tests {
 
     #[tokio::test]
     async fn orders_are_due_at_their_times_however_late_they_are_asked_for() {
-        let all = LocalSet::new().run_until(async {
+        let local = LocalSet::new();
+        let all = local.run_until(async {
             let due = Due::start(1000.0, Instant::now() + Duration::from_millis(50)).expect("a thread");
             let mut all = Vec::new();
             while let Some(at) = due.next().await {
