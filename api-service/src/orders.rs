@@ -110,11 +110,6 @@ impl Done {
 }
 
 impl Orders {
-    /// As [`Writer::has_room`].
-    pub(crate) fn has_room(&self) -> Result<(), Problem> {
-        self.writer.has_room()
-    }
-
     /// Makes the change durable. With a deadline, also waits for the worker's answer until then.
     pub(crate) async fn submit(&self, upsert: Upsert, conditions: Conditions) -> Result<Done, Problem> {
         let Conditions { wait, trace, expected, claim } = conditions;

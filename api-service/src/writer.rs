@@ -64,7 +64,6 @@ const BULK_LINE_KIB: u32 = 16;
 /// So often others may be quicker, or in the way, before the caller is told to try again.
 const CONTENTION_RETRIES: usize = 5;
 
-const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
 const SHUTTING_DOWN: Problem = Problem::Unavailable("shutting down");
 
 /// What is to be made durable.
@@ -211,17 +210,9 @@ impl Writer {
         }
     }
 
-    /// Would a new order be refused, whatever it is? For those who would rather not read one in vain:
-    /// while more comes than can be stored, each that is refused takes time from one that is not.
-    ///
-    /// # Errors
-    /// That there is no room.
-    pub(crate) fn has_room(&self) -> Result<(), Problem> {
-        if self.creates.capacity() == 0 { Err(FULL) } else { Ok(()) }
-    }
-
     /// Returns once the change is durable.
     pub(crate) async fn write(&self, work: Work, origin: Origin) -> Result<Written, Problem> {
+        const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
         let command = Command { work, origin, reply, _room: room, _queued: None };

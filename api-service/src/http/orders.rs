@@ -68,7 +68,6 @@ pub(super) async fn submit(
     let (parts, body) = request.into_parts();
     check_content_type(&parts.headers)?;
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
-    app.orders.has_room()?;
     let upsert = request::parse(&body.bytes, &caller, &app.defaults)?;
     let (conditions, applied) = conditions(app.limits, &caller, &parts.headers, &upsert, &body.bytes, arrived)?;
     drop(body);
