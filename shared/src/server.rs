@@ -254,3 +254,33 @@ pub async fn bind(name: &str, setting: &str, address: std::net::SocketAddr) -> a
     println!("{name}: listening on {}", listener.local_addr()?);
     Ok(listener)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    /// More than fit where nobody asks for room (128), and no more files than a process usually may have.
+    const BURST: usize = 500;
+
+    #[tokio::test]
+    async fn a_burst_of_callers_is_let_in_though_none_is_accepted_yet() {
+        for address in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+            let listener = bind("test", "TEST_PORT", (address, 0).into()).await.expect("a listener");
+            let to = listener.local_addr().expect("its address");
+            let mut callers = JoinSet::new();
+            for _ in 0..BURST {
+                callers.spawn(TcpStream::connect(to));
+            }
+            let mut connected = Vec::new();
+            let until = Instant::now() + Duration::from_secs(20);
+            while let Ok(Some(caller)) = timeout_at(until, callers.join_next()).await {
+                connected.push(caller.expect("no panic").expect("a connection"));
+            }
+            assert_eq!(connected.len(), BURST, "to {to}");
+        }
+    }
+}
