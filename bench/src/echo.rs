@@ -1,7 +1,7 @@
 //! The ceiling of Kafka: a request on one topic, its reply on another, by rdkafka and nothing else.
 //! Messages are as large as the service's, and as safe (acks=all, idempotent).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
@@ -13,6 +13,7 @@ use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer as _, Threa
 use rdkafka::{Offset, TopicPartitionList};
 use serde::Serialize;
 use tokio::process::{Child, Command};
+use tokio::time::Instant;
 
 use crate::ground::Servers;
 use crate::pgbench;
@@ -45,16 +46,15 @@ pub struct Figures {
     pub p99_ms: f64,
 }
 
-/// The side that answers, in a process of its own. Removes the topics when asked to.
+/// The side that answers, in a process of its own. The topics are removed with the others of the run.
 pub struct Echo {
     topics: Pair,
     child: Child,
 }
 
 impl Echo {
-    /// Topics whose names begin with `name`, and the process that answers what comes on them.
-    pub async fn start(servers: &Servers, name: &str) -> anyhow::Result<Self> {
-        let (requests, replies) = (format!("{name}.echo.requests"), format!("{name}.echo.replies"));
+    /// The topics, and the process that answers what comes on the first of them.
+    pub async fn start(servers: &Servers, [requests, replies]: [String; 2]) -> anyhow::Result<Self> {
         let topics = Pair { servers: servers.clone(), requests, replies };
         let all = topics.names().map(|name| NewTopic::new(name, PARTITIONS, TopicReplication::Fixed(-1)));
         for made in admin(servers)?.create_topics(&all, &options()).await.context("creating topics")? {
@@ -80,9 +80,7 @@ impl Echo {
     }
 
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        self.child.kill().await.context("stopping the process that answers")?;
-        let deleted = admin(&self.topics.servers)?.delete_topics(&self.topics.names(), &options()).await;
-        deleted.context("deleting topics").map(drop)
+        self.child.kill().await.context("stopping the process that answers")
     }
 }
 

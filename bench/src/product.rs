@@ -32,8 +32,7 @@ pub const MAX_WAITERS: usize = 10_000;
 pub struct Product {
     pub api: Process,
     pub worker: Process,
-    worker_metrics: Metrics,
-    api_metrics: Metrics,
+    counters: Counters,
     postgres: Option<u32>,
 }
 
@@ -44,8 +43,16 @@ pub struct Counters {
 }
 
 impl Counters {
+    async fn of(api: &Process, worker: &Process) -> anyhow::Result<Self> {
+        Ok(Self { api: Metrics::of(api.address()).await?, worker: Metrics::of(worker.address()).await? })
+    }
+
     pub async fn accepted(&mut self) -> anyhow::Result<u64> {
-        self.api.sum(ACCEPTED).await.context("asking the API")
+        self.of_api(ACCEPTED).await
+    }
+
+    async fn of_api(&mut self, name: &str) -> anyhow::Result<u64> {
+        self.api.sum(name).await.context("asking the API")
     }
 
     pub async fn handled(&mut self) -> anyhow::Result<u64> {
@@ -98,9 +105,8 @@ impl Product {
         settings.extend_from_slice(more);
         let worker = Process::start(binaries, "worker", &settings, folder).await?;
         let api = Process::start(binaries, "api-service", &settings, folder).await?;
-        let (worker_metrics, api_metrics) = (Metrics::of(worker.address()).await?, Metrics::of(api.address()).await?);
-        let postgres = database.server_process().await?;
-        Ok(Self { api, worker, worker_metrics, api_metrics, postgres })
+        let (counters, postgres) = (Counters::of(&api, &worker).await?, database.server_process().await?);
+        Ok(Self { api, worker, counters, postgres })
     }
 
     pub fn address(&self) -> &Address {
@@ -109,13 +115,12 @@ impl Product {
 
     /// The counts of both, over connections of their own.
     pub async fn metrics(&self) -> anyhow::Result<Counters> {
-        let (api, worker) = (Metrics::of(self.api.address()).await?, Metrics::of(self.worker.address()).await?);
-        Ok(Counters { api, worker })
+        Counters::of(&self.api, &self.worker).await
     }
 
     /// How many orders the worker has handled since it started.
     pub async fn handled(&mut self) -> anyhow::Result<u64> {
-        self.worker_metrics.sum(HANDLED).await.context("asking the worker")
+        self.counters.handled().await
     }
 
     /// Returns when the worker has handled that many.
@@ -140,7 +145,7 @@ impl Product {
     pub async fn wait_until_parked(&mut self, expected: u64) -> anyhow::Result<()> {
         let deadline = Instant::now() + PARK_TIMEOUT;
         loop {
-            let parked = self.api_metrics.sum(WAITERS).await.context("asking the API")?;
+            let parked = self.counters.of_api(WAITERS).await?;
             if parked == expected {
                 return Ok(());
             }
@@ -153,7 +158,7 @@ impl Product {
 
     /// A figure of the API's, over all labels or of one.
     pub async fn api_counted(&mut self, name: &str) -> anyhow::Result<u64> {
-        self.api_metrics.sum(name).await.context("asking the API")
+        self.counters.of_api(name).await
     }
 
     pub fn memory(&self) -> anyhow::Result<Memory> {

@@ -60,7 +60,7 @@ async fn measure(options: &Options, ground: &Ground) -> anyhow::Result<Report> {
     let start = StartFigures { api_ms: product.api.ready_after_ms, worker_ms: product.worker.ready_after_ms };
     let idle = product.memory()?;
     let mut bench = Bench::new(options.warm_up, options.measure);
-    let (echo, bare) = (Echo::start(&ground.servers, &ground.name).await?, Bare::start().await?);
+    let (echo, bare) = (Echo::start(&ground.servers, ground.topics.echo.clone()).await?, Bare::start().await?);
 
     // Kafka on new servers is still being compiled: it took half a core where it takes a sixth soon
     // after. What is measured is a service that has been running.

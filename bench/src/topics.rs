@@ -14,6 +14,8 @@ pub struct Topics {
     pub events: String,
     pub acks: String,
     pub group: String,
+    /// Of Kafka's own request and reply.
+    pub echo: [String; 2],
 }
 
 impl Topics {
@@ -22,13 +24,15 @@ impl Topics {
             events: format!("{run}.orders.events"),
             acks: format!("{run}.orders.ack"),
             group: format!("{run}.order-workers"),
+            echo: ["requests", "replies"].map(|side| format!("{run}.echo.{side}")),
         }
     }
 
     pub async fn remove(&self, servers: &Servers) -> anyhow::Result<()> {
         let admin: AdminClient<DefaultClientContext> = servers.kafka().create().context("connecting to Kafka")?;
         let options = AdminOptions::new().request_timeout(Some(TIMEOUT)).operation_timeout(Some(TIMEOUT));
-        let deleted = admin.delete_topics(&[self.events.as_str(), self.acks.as_str()], &options).await;
+        let [requests, replies] = &self.echo;
+        let deleted = admin.delete_topics(&[&self.events, &self.acks, requests, replies], &options).await;
         // What a run that failed early has not made cannot be deleted, and need not be.
         deleted.context("deleting topics")?;
         let received = format!("{}.received", self.group);
