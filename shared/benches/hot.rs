@@ -13,7 +13,7 @@ use shared::{
     money::Money,
     order::{Content, worth},
 };
-use test_support::{marketplace_order, shop_order};
+use test_support::{marketplace_event, marketplace_order, shop_order};
 use uuid::Uuid;
 
 /// Counts what it passes on to the allocator of the release.
@@ -71,15 +71,14 @@ fn money_to_json(bencher: Bencher<'_, '_>) {
 
 #[divan::bench(args = LINES)]
 fn event_to_json(bencher: Bencher<'_, '_>, lines: usize) {
-    let payload = raw(&marketplace_order(lines), "payload");
-    let event = event(&payload);
+    let json = marketplace_event(lines);
+    let event: Event<'_> = serde_json::from_str(&json).expect("an event");
     bencher.bench(|| serde_json::to_string(black_box(&event)));
 }
 
 #[divan::bench(args = LINES)]
 fn event_from_json(bencher: Bencher<'_, '_>, lines: usize) {
-    let payload = raw(&marketplace_order(lines), "payload");
-    let json = serde_json::to_vec(&event(&payload)).expect("JSON");
+    let json = marketplace_event(lines).into_bytes();
     bencher.bench(|| serde_json::from_slice::<Event<'_>>(black_box(&json)).is_ok());
 }
 
@@ -125,25 +124,6 @@ fn lifecycle(name: &str) -> &'static Lifecycle {
 fn raw(body: &str, field: &str) -> Box<RawValue> {
     let body: serde_json::Map<_, _> = serde_json::from_str(body).expect("an object");
     serde_json::value::to_raw_value(&body[field]).expect("JSON")
-}
-
-fn event(payload: &RawValue) -> Event<'_> {
-    Event {
-        event_id: Uuid::now_v7(),
-        kind: EventType::Created,
-        order_id: Uuid::now_v7(),
-        external_id: Some("03ffce741877a000ca0fb3520673d4c4".into()),
-        user_id: "e937151346d1bec664f5b80cd798bdd2".into(),
-        lifecycle: "marketplace".into(),
-        status: "new".into(),
-        version: 1,
-        amount: None,
-        currency: Some("BRL".into()),
-        items: None,
-        payload: Some(payload),
-        correlation_id: Uuid::now_v7(),
-        timestamp: now(),
-    }
 }
 
 fn headers() -> Headers {

@@ -29,7 +29,7 @@ pub use hyper::Method;
 pub use instances::{PrivateKafka, PrivatePostgres};
 pub use kafka::{Headers, Message, Record, TestKafka, Topics};
 pub use ledger::{Accepted, Ledger};
-pub use orders::{item, marketplace_order, order, shop_order};
+pub use orders::{item, marketplace_event, marketplace_order, order, shop_order};
 pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start, run_to_end};
 pub use proxy::{Mode, Proxy};
 pub use redis::PrivateRedis;

@@ -30,6 +30,20 @@ pub fn marketplace_order(lines: usize) -> String {
     )
 }
 
+/// An event of `orders.events` as the API sends it for such an order.
+pub fn marketplace_event(lines: usize) -> String {
+    let body: Value = serde_json::from_str(&marketplace_order(lines)).expect("JSON");
+    let payload = &body["payload"];
+    let [event_id, order_id, correlation_id] = [1, 2, 3].map(|n| format!("01935f3e-7d4c-7000-8000-00000000000{n}"));
+    json!({
+        "event_id": event_id, "type": "order.created", "order_id": order_id, "external_id": payload["id"],
+        "user_id": body["user_id"], "lifecycle": "marketplace", "status": "new", "version": 1, "amount": null,
+        "currency": payload["currency"], "items": null, "payload": payload, "correlation_id": correlation_id,
+        "timestamp": "2026-01-01T00:00:00.000000Z"
+    })
+    .to_string()
+}
+
 /// A body of `POST /orders` as a shop's: items and addresses are the order's own.
 pub fn shop_order(lines: u32) -> String {
     let items: Vec<_> = (0..lines).map(|line| item(&format!("sku-{line:08}"), 1 + line % 3, "29.99")).collect();

@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use divan::{AllocProfiler, Bencher, Divan};
 use mimalloc::MiMalloc;
-use serde_json::value::RawValue;
-use shared::message::{Event, EventType, Headers, ReplyTo, now};
-use test_support::marketplace_order;
+use shared::message::{EventType, Headers, ReplyTo, now};
+use test_support::marketplace_event;
 use uuid::Uuid;
 use worker::hot::Desk;
 
@@ -42,31 +41,10 @@ fn c_read_handle_and_reply(bencher: Bencher<'_, '_>, lines: usize) {
 }
 
 fn desk(lines: usize) -> Desk {
-    #[derive(serde::Deserialize)]
-    struct Body {
-        payload: Box<RawValue>,
-    }
-    let Body { payload } = serde_json::from_str(&marketplace_order(lines)).expect("a payload");
-    let (event_id, correlation_id) = (Uuid::now_v7(), Uuid::now_v7());
-    let event = Event {
-        event_id,
-        kind: EventType::Created,
-        order_id: Uuid::now_v7(),
-        external_id: Some("03ffce741877a000ca0fb3520673d4c4".into()),
-        user_id: "e937151346d1bec664f5b80cd798bdd2".into(),
-        lifecycle: "marketplace".into(),
-        status: "new".into(),
-        version: 1,
-        amount: None,
-        currency: Some("BRL".into()),
-        items: None,
-        payload: Some(&payload),
-        correlation_id,
-        timestamp: now(),
-    };
-    let mut headers = Headers::cloud_event(event_id, event.kind.name(), "/orderstream/api-service", event.timestamp);
+    let id = Uuid::nil();
+    let mut headers = Headers::cloud_event(id, EventType::Created.name(), "/orderstream/api-service", now());
     headers.push("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
-    let correlation = correlation_id.as_bytes().to_vec();
+    let correlation = id.as_bytes().to_vec();
     headers.push_reply_to(&ReplyTo { correlation, topic: "orders.ack".to_owned(), partition: 3 });
-    Desk::with(headers, serde_json::to_vec(&event).expect("an event"))
+    Desk::with(headers, marketplace_event(lines).into_bytes())
 }
