@@ -26,7 +26,7 @@ migrate: ## Bring the database's schema up to date
 bench: ## Measure orders per second and latencies, beside pgbench (ARGS=…)
 	@deploy/bench $(ARGS)
 
-bench-scale: ## The same with up to ten million orders stored (an hour; 40 GB of disk)
+bench-scale: ## The same with up to ten million orders stored (long; tens of GB of disk)
 	@deploy/bench scale $(ARGS)
 
 bench-micro: ## Time what each order goes through, and count its allocations (ARGS=…)

@@ -132,9 +132,8 @@ impl Producer {
                 ("enable.idempotence", "true"),
                 ("acks", "all"),
                 ("message.timeout.ms", &message_timeout),
-                // librdkafka's timers are good to a millisecond at best: any linger, however short, costs
-                // each lone order two of these (its event and its answer). Under load a request
-                // gathers what comes while the one before it is under way.
+                // Even 0.2 costs a lone order more than a millisecond, for its event and again for its
+                // answer, and gains nothing under load (docs/performance.md).
                 ("linger.ms", "0"),
                 // Topics are made by `ensure_topics`, with as many partitions as they should have.
                 ("allow.auto.create.topics", "false"),
