@@ -85,7 +85,7 @@ async fn measure(options: &Options, ground: &Ground) -> anyhow::Result<String> {
         sizes.push(size);
     }
     bench.check_beside(&ground.database, filled).await?;
-    let ends = sustain::on(&options.sustain, ground, &mut product, filled).await?;
+    let ends = sustain::on(&options.sustain, ground, &mut product, bench.ledger, filled).await?;
     product.stop().await?;
     Ok(format!("{}\n\nWith all of them stored:\n\n{ends}", render(&sizes)))
 }

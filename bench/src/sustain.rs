@@ -14,7 +14,7 @@ use client::table::markdown;
 
 use crate::ground::{self, Ground, Servers, step};
 use crate::load::Second;
-use crate::measure::{Bench, Load, Mode, Point, Started, median, spread};
+use crate::measure::{Bench, Ledger, Load, Mode, Point, Started, median, spread};
 use crate::plot::{self, Axis, Line, Panel};
 use crate::process;
 use crate::product::Product;
@@ -84,21 +84,23 @@ struct Overloaded {
 pub async fn run(options: &Options, interrupted: impl Future<Output = ()>) -> anyhow::Result<String> {
     let work = async |ground: &Ground| {
         let mut product = ground.start(&process::own_folder()?, &[]).await?;
-        let text = on(options, ground, &mut product, 0).await?;
+        let text = on(options, ground, &mut product, Ledger::default(), 0).await?;
         product.stop().await?;
         Ok(text)
     };
     ground::used(&options.servers, false, interrupted, work).await
 }
 
-/// The same on a service that runs, where so many orders, handled too, were stored by others.
+/// The same on a service that runs and has that account; so many orders, handled too, were stored by
+/// others.
 pub(crate) async fn on(
     options: &Options,
     ground: &Ground,
     product: &mut Product,
+    ledger: Ledger,
     stored: u64,
 ) -> anyhow::Result<String> {
-    let (mut bench, peak) = peak(product).await?;
+    let (mut bench, peak) = peak(product, ledger).await?;
     let long = Bench::new(Duration::ZERO, options.time);
     let (started, looks) = watch(&long, product, ground, peak, options).await?;
     let point = bench.end(product, started).await?;
@@ -115,7 +117,7 @@ pub(crate) async fn on(
 pub async fn overload(options: &Options, interrupted: impl Future<Output = ()>) -> anyhow::Result<String> {
     let work = async |ground: &Ground| {
         let mut product = ground.start(&process::own_folder()?, &[]).await?;
-        let (mut bench, peak) = peak(&mut product).await?;
+        let (mut bench, peak) = peak(&mut product, Ledger::default()).await?;
         // Not waiting for what is unhandled: its end is part of the recovery.
         let (started, looks) =
             watch(&Bench::new(Duration::ZERO, options.time), &product, ground, peak, options).await?;
@@ -141,8 +143,9 @@ fn is_well(second: &Second) -> bool {
 }
 
 /// What the service answers at most, and who measured it.
-async fn peak(product: &mut Product) -> anyhow::Result<(Bench, f64)> {
+async fn peak(product: &mut Product, ledger: Ledger) -> anyhow::Result<(Bench, f64)> {
     let mut bench = Bench::new(PEAK_WARM_UP, PEAK_MEASURE);
+    bench.ledger = ledger;
     let mut peak = 0.0_f64;
     for callers in CALLERS {
         let point = bench.point(product, Load::closed(Mode::Answered, callers)).await?;
