@@ -26,6 +26,7 @@ mod store;
 mod unpriced;
 mod waiters;
 mod watch;
+mod write_path;
 mod writer;
 
 use std::{sync::Arc, time::Duration};
@@ -40,12 +41,12 @@ use shared::{
     server,
     settings::KafkaSettings,
 };
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::Instant};
+use tokio::{net::TcpListener, runtime::Handle, sync::Semaphore, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     acks::ReplyAddress, config::Config, http::AppState, identity::Identity, orders::Orders, rate::RateLimiter,
-    waiters::Waiters, watch::Watchers, writer::Writer,
+    waiters::Waiters, watch::Watchers, write_path::WritePath, writer::Writer,
 };
 
 /// How long the start waits for Kafka before it serves without it.
@@ -73,7 +74,8 @@ pub async fn run(
     let defaults = config.check()?;
     let identity = config.identity()?;
     let prices = config.prices.open()?;
-    let db = open(&config)?;
+    let path = WritePath::start()?;
+    let db = open(&config, path.handle())?;
     let cache = Cache::open(&config.cache)?;
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
@@ -83,10 +85,18 @@ pub async fn run(
 
     // Those that must not end before the process does, and those that end with their last handle.
     let (mut vital, mut writers) = (JoinSet::new(), JoinSet::new());
-    let writer =
-        Writer::start(&db, &cache, &outbox, defaults.lifecycles, &config.kafka.orders_events_topic, &mut writers);
+    let writer = Writer::start(
+        &db,
+        &cache,
+        &outbox,
+        defaults.lifecycles,
+        &config.kafka.orders_events_topic,
+        &mut writers,
+        &path,
+    );
     vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
-    vital.spawn(serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone()));
+    let answers = serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone());
+    vital.spawn_on(answers, path.handle());
     vital.spawn(look_after_outbox(outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
     vital.spawn(wait_for_start(replies.clone(), migrated.clone(), started.clone(), stop.clone()));
     vital.spawn(forget_keys(db.clone(), config.api.idempotency_ttl, migrated.clone(), stop.clone()));
@@ -105,7 +115,7 @@ pub async fn run(
             Ok(())
         }
     });
-    let deleter = tokio::spawn(deleter);
+    let deleter = path.handle().spawn(deleter);
 
     let admin = admin.map(|listener| {
         let admin = http::admin::Admin { db: db.clone(), lifecycles: defaults.lifecycles, token: config.admin_token() };
@@ -188,13 +198,14 @@ pub async fn run(
     }
 }
 
-/// The database as the settings describe it.
+/// The database as the settings describe it; its connections live on this runtime.
 ///
 /// # Errors
 /// When the DSN makes no sense.
-pub fn open(config: &Config) -> anyhow::Result<Db> {
+pub fn open(config: &Config, runtime: &Handle) -> anyhow::Result<Db> {
     let settings = Arc::new(config.db.pool());
-    Ok(Db { pool: db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?, settings })
+    let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings, runtime)?;
+    Ok(Db { pool, settings })
 }
 
 async fn keep_migrated(db: Db, migrated: CancellationToken, stop: CancellationToken) -> anyhow::Result<()> {

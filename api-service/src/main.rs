@@ -46,7 +46,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 
 async fn migrate(config: Config) -> anyhow::Result<()> {
     telemetry::log(&config.kafka.service)?;
-    let database = api_service::open(&config)?;
+    let database = api_service::open(&config, &tokio::runtime::Handle::current())?;
     db::migrate(&database.pool).await?;
     println!("the schema is up to date");
     Ok(())

@@ -113,8 +113,11 @@ impl Orders {
     /// Makes the change durable. With a deadline, also waits for the worker's answer until then.
     pub(crate) async fn submit(&self, upsert: Upsert, conditions: Conditions) -> Result<Done, Problem> {
         let Conditions { wait, trace, expected, claim } = conditions;
-        if expected.is_some() && matches!(upsert, Upsert::Create(_)) {
-            return Err(Problem::Precondition { order: None });
+        if matches!(upsert, Upsert::Create(_)) {
+            if expected.is_some() {
+                return Err(Problem::Precondition { order: None });
+            }
+            self.writer.check_room_for_new()?;
         }
         let correlation_id = Uuid::now_v7();
         // Before the write: an answer that comes first would find nobody.

@@ -42,11 +42,13 @@ use crate::{
         keys::{self, KeyRow, Known},
         read::{self, Reference},
     },
+    write_path::WritePath,
 };
 
 /// Most changes in one transaction. Beyond a few hundred little is won while all keep up; but when
-/// thousands of connections have something to say, each step of a transaction waits its turn among
-/// them, and what goes through with one is what is stored at all: with 256, half of the peak.
+/// thousands of connections have something to say, the processors are theirs for most of the time,
+/// and what goes through with one transaction is what is stored at all: of twice the peak, with
+/// 256 three quarters of the peak are answered, with 1,024 nine tenths.
 const BATCH: usize = 1024;
 /// Writers of changes, which may have to wait for the locks of others; new orders must not wait for
 /// these, and have one writer of their own. More would not help: a statement costs as much as twenty
@@ -64,6 +66,7 @@ const BULK_LINE_KIB: u32 = 16;
 /// So often others may be quicker, or in the way, before the caller is told to try again.
 const CONTENTION_RETRIES: usize = 5;
 
+const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
 const SHUTTING_DOWN: Problem = Problem::Unavailable("shutting down");
 
 /// What is to be made durable.
@@ -191,11 +194,13 @@ impl Writer {
         lifecycles: &'static Lifecycles,
         topic: &str,
         tasks: &mut JoinSet<()>,
+        path: &WritePath,
     ) -> Self {
         let mut start = || {
             let (sender, queue) = mpsc::channel(QUEUE);
             let (db, cache, outbox, topic) = (db.clone(), cache.clone(), outbox.clone(), topic.to_owned());
-            tasks.spawn(Task { db, cache, outbox, lifecycles, topic, queue, later: VecDeque::new() }.run());
+            let task = Task { db, cache, outbox, lifecycles, topic, queue, later: VecDeque::new() };
+            tasks.spawn_on(task.run(), path.handle());
             sender
         };
         Self {
@@ -210,9 +215,14 @@ impl Writer {
         }
     }
 
+    /// Is there a place for a new order? For those who would make it in vain: when there is none,
+    /// what a refusal costs comes out of what others are waiting for.
+    pub(crate) fn check_room_for_new(&self) -> Result<(), Problem> {
+        if self.creates.capacity() > 0 { Ok(()) } else { Err(FULL) }
+    }
+
     /// Returns once the change is durable.
     pub(crate) async fn write(&self, work: Work, origin: Origin) -> Result<Written, Problem> {
-        const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
         let command = Command { work, origin, reply, _room: room, _queued: None };

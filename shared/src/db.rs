@@ -13,8 +13,10 @@ use std::{
 use anyhow::{Context as _, bail};
 use bb8::ManageConnection;
 use bb8_postgres::PostgresConnectionManager;
+use tokio::runtime::Handle;
 use tokio_postgres::{Client, Statement, config::Host, error::SqlState};
 use tokio_postgres_rustls::MakeRustlsConnect;
+use tokio_util::context::TokioContext;
 
 use crate::{
     backoff::{Backoff, Seldom},
@@ -250,13 +252,15 @@ impl Drop for Unanswered<'_> {
 pub struct Manager {
     inner: PostgresConnectionManager<MakeRustlsConnect>,
     set_up: String,
+    /// Where what the connections say is read.
+    runtime: Handle,
     /// For people: hosts, ports, database and user.
     server: Arc<str>,
 }
 
 impl Manager {
     async fn client(&self) -> Result<Client, tokio_postgres::Error> {
-        let client = self.inner.connect().await?;
+        let client = TokioContext::new(self.inner.connect(), self.runtime.clone()).await?;
         client.batch_execute(&self.set_up).await?;
         Ok(client)
     }
@@ -290,11 +294,12 @@ impl ManageConnection for Manager {
     }
 }
 
-/// A pool that connects when it is first asked to: the database may be away now.
+/// A pool that connects when it is first asked to: the database may be away now. Its connections
+/// live on this runtime, whoever uses them.
 ///
 /// # Errors
 /// When the DSN makes no sense.
-pub fn pool(dsn: &str, application: &str, settings: &PoolSettings) -> anyhow::Result<Pool> {
+pub fn pool(dsn: &str, application: &str, settings: &PoolSettings, runtime: &Handle) -> anyhow::Result<Pool> {
     let (dsn, tls) = tls::of_dsn(dsn)?;
     let mut config: tokio_postgres::Config = dsn.parse().context("POSTGRES_DSN is not valid")?;
     if config.get_hosts().is_empty() {
@@ -318,7 +323,8 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings) -> anyhow::Re
         (settings.write_timeout / 3).as_millis()
     );
     let server = server(&config);
-    let manager = Manager { inner: PostgresConnectionManager::new(config, tls::connector(&tls)?), set_up, server };
+    let inner = PostgresConnectionManager::new(config, tls::connector(&tls)?);
+    let manager = Manager { inner, set_up, runtime: runtime.clone(), server };
     Ok(bb8::Pool::builder()
         .max_size(settings.max_conns)
         .min_idle(settings.min_conns.min(settings.max_conns))

@@ -11,6 +11,7 @@ use shared::{
     parked::{self, Details, Entry, Filter, Stuck},
 };
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tokio::runtime::Handle;
 
 use crate::config::Config;
 
@@ -138,7 +139,7 @@ pub async fn run(config: Config, command: Command) -> anyhow::Result<()> {
 async fn database(config: &Config) -> anyhow::Result<Db> {
     config.db.check()?;
     let settings = std::sync::Arc::new(config.db.pool());
-    let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?;
+    let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings, &Handle::current())?;
     // The pool would only say that none was to be had in time, and not why.
     drop(pool.dedicated_connection().await?);
     Ok(Db { pool, settings })

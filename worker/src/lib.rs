@@ -34,7 +34,7 @@ use shared::{
     server,
     settings::KafkaSettings,
 };
-use tokio::{net::TcpListener, sync::Notify, task::JoinSet, time::Instant};
+use tokio::{net::TcpListener, runtime::Handle, sync::Notify, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{batch::Handler, clock::Clock, config::Config, http::App, parking::Parking};
@@ -55,7 +55,8 @@ pub async fn run(
     let lifecycles = config.check()?;
     let cache = Cache::open(&config.cache)?;
     let settings = Arc::new(config.db.pool());
-    let db = Db { pool: db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings)?, settings };
+    let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings, &Handle::current())?;
+    let db = Db { pool, settings };
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
     let [started, leaving, stop] = std::array::from_fn(|_| CancellationToken::new());

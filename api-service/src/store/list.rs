@@ -144,7 +144,8 @@ mod tests {
         let args = ["test".to_owned(), format!("--postgres-dsn={}", test_db.dsn())].map(OsString::from);
         let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
         let pool_settings = Arc::new(settings.db.pool());
-        let pool = db::pool(&settings.db.postgres_dsn, "test", &pool_settings).unwrap();
+        let pool =
+            db::pool(&settings.db.postgres_dsn, "test", &pool_settings, &tokio::runtime::Handle::current()).unwrap();
         db::migrate(&pool).await.unwrap();
         Db { pool, settings: pool_settings }
     }

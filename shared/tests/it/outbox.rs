@@ -55,7 +55,8 @@ impl Fixture {
         let args = std::iter::once("test".to_owned()).chain(flags).map(OsString::from);
         let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
         let pool_settings = Arc::new(settings.db.pool());
-        let pool = db::pool(&settings.db.postgres_dsn, "test", &pool_settings).unwrap();
+        let pool =
+            db::pool(&settings.db.postgres_dsn, "test", &pool_settings, &tokio::runtime::Handle::current()).unwrap();
         db::migrate(&pool).await.unwrap();
         ensure_topics(&settings.kafka, &[&settings.kafka.orders_events_topic]).await.unwrap();
         let producer = Producer::new(&settings.kafka).unwrap();
