@@ -16,7 +16,7 @@ use std::{
 
 use rdkafka::error::KafkaError;
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::{Notify, Semaphore, mpsc},
     time::Instant,
 };
 use tokio_postgres::types::ToSql;
@@ -34,6 +34,9 @@ use crate::{
 const DELIVERED_QUEUE: usize = 4_096;
 /// Most rows in one delete.
 const DELETE_LIMIT: usize = 4_096;
+/// So long a delivered row waits for others, unless a later message of its order waits for it to
+/// be gone. Nobody else waits for that, and a lone order would pay for a statement of its own.
+const GATHER: Duration = Duration::from_millis(10);
 /// Batches whose messages wait for earlier ones; beyond that the sweeper has them.
 const HOLDERS: usize = 64;
 /// How often a held-back message looks whether the earlier one is gone: soon at first, since that
@@ -116,6 +119,8 @@ pub struct Outbox {
     producer: Producer,
     grace: Duration,
     delivered: mpsc::Sender<Vec<Placed>>,
+    /// Somebody waits for rows to be gone.
+    awaited: Arc<Notify>,
     holders: Arc<Semaphore>,
     sending: TaskTracker,
     /// Until when sweeps leave these topics alone.
@@ -127,10 +132,11 @@ impl Outbox {
     /// returned future deletes what was delivered, and ends when the last clone is dropped.
     pub fn new(db: Db, producer: Producer, grace: Duration) -> (Self, impl Future<Output = ()> + Send) {
         let (delivered, queue) = mpsc::channel(DELIVERED_QUEUE);
-        let deleter = delete_delivered(db.clone(), queue);
+        let awaited = Arc::new(Notify::new());
+        let deleter = delete_delivered(db.clone(), queue, awaited.clone());
         let holders = Arc::new(Semaphore::new(HOLDERS));
         let (sending, unwritable) = (TaskTracker::new(), Arc::default());
-        (Self { db, producer, grace, delivered, holders, sending, unwritable }, deleter)
+        (Self { db, producer, grace, delivered, awaited, holders, sending, unwritable }, deleter)
     }
 
     /// Is a message of this age one that should have been sent long ago?
@@ -188,6 +194,7 @@ impl Outbox {
                         self.send(free);
                     }
                     if !waiting.is_empty() {
+                        self.awaited.notify_one();
                         tokio::time::sleep(pause.delay()).await;
                     }
                 }
@@ -287,9 +294,10 @@ impl Outbox {
 }
 
 /// Deletes delivered rows, as many at once as there are. Ends with the last sender.
-async fn delete_delivered(db: Db, mut queue: mpsc::Receiver<Vec<Placed>>) {
+async fn delete_delivered(db: Db, mut queue: mpsc::Receiver<Vec<Placed>>, awaited: Arc<Notify>) {
     let mut backoff = Backoff::RECONNECT;
     while let Some(mut rows) = queue.recv().await {
+        let _ = tokio::time::timeout(GATHER, awaited.notified()).await;
         while rows.len() < DELETE_LIMIT
             && let Ok(more) = queue.try_recv()
         {
