@@ -79,7 +79,10 @@ impl Ground {
 
     /// The service of these binaries, on it; `more` are settings beside the service's defaults.
     pub async fn start(&self, binaries: &Path, more: &[(&'static str, String)]) -> anyhow::Result<Product> {
-        Product::start(binaries, &self.database, &self.topics, more, &self.folder).await
+        let Servers { kafka_brokers, kafka_config, .. } = self.servers.clone();
+        let mut settings = vec![("KAFKA_BROKERS", kafka_brokers), ("KAFKA_CONFIG", kafka_config)];
+        settings.extend_from_slice(more);
+        Product::start(binaries, &self.database, &self.topics, &settings, &self.folder).await
     }
 }
 

@@ -80,8 +80,10 @@ pub struct Figures {
     pub p50_ms: Option<f64>,
     pub p99_ms: Option<f64>,
     pub p999_ms: Option<f64>,
-    /// Of 503s in the measured time: how soon they came, and how many without `Retry-After`.
+    /// Of 503s in the measured time: how soon they came after the order was due, and after it was
+    /// sent, which is later where all connections are in use; and how many without `Retry-After`.
     pub refused_p99_ms: Option<f64>,
+    pub refused_after_sent_p99_ms: Option<f64>,
     pub refused_without_retry_after: u64,
     /// Every second from the warm-up on.
     pub seconds: Vec<Second>,
@@ -143,6 +145,7 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
             figures: Figures::default(),
             latencies: Latencies::new()?,
             refusals: Latencies::new()?,
+            refusals_sent: Latencies::new()?,
         }),
     });
 
@@ -174,6 +177,7 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
         p99_ms,
         p999_ms,
         refused_p99_ms: tally.refusals.percentile_ms(99.0),
+        refused_after_sent_p99_ms: tally.refusals_sent.percentile_ms(99.0),
         cpu_share: per_second(cpu.as_secs_f64()),
         ended_at_unix_ms: u64::try_from(ended_at)?,
         ..std::mem::take(&mut tally.figures)
@@ -202,16 +206,18 @@ struct Tally {
     figures: Figures,
     latencies: Latencies,
     refusals: Latencies,
+    refusals_sent: Latencies,
 }
 
 impl Shared {
     async fn call(self: Rc<Self>, mut connection: Connection, address: Address) -> anyhow::Result<()> {
         let mut stored = 0;
         while let Some(begun) = self.next(stored).await {
+            let sent = Instant::now();
             let posting = connection.post_json(self.path.clone(), self.prefer.clone(), self.bodies.next());
             match posting.await {
                 Ok(answer) => {
-                    self.count(&answer, begun);
+                    self.count(&answer, begun, sent);
                     let is_refused = answer.status == StatusCode::SERVICE_UNAVAILABLE;
                     stored += u64::from(!is_refused);
                     if is_refused && self.due.is_none() {
@@ -237,7 +243,7 @@ impl Shared {
         (!is_over).then_some(now)
     }
 
-    fn count(&self, answer: &Answer, begun: Instant) {
+    fn count(&self, answer: &Answer, begun: Instant, sent: Instant) {
         let now = Instant::now();
         let (latency, is_measured) = (now - begun, now >= self.measured_from && now < self.measured_until);
         let tally = &mut *self.tally.borrow_mut();
@@ -269,6 +275,7 @@ impl Shared {
                 second.refused += 1;
                 if is_measured {
                     tally.refusals.record(latency);
+                    tally.refusals_sent.record(now - sent);
                 }
                 tally.figures.refused_without_retry_after += u64::from(!answer.headers.contains_key(RETRY_AFTER));
             }

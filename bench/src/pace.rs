@@ -8,16 +8,22 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 /// So many due at once are told at once.
 const TOLD: usize = 1024;
 
-/// What is due and not yet sent, for all callers of one thread.
-pub struct Due {
-    queue: RefCell<VecDeque<Instant>>,
-    waiting: Semaphore,
+/// What is due and not yet sent, and who could send it, for all callers of one thread.
+pub struct Due(RefCell<State>);
+
+#[derive(Default)]
+struct State {
+    late: VecDeque<Instant>,
+    /// Of these the last to come is the first to go, as in the pools of HTTP clients: what load
+    /// needs few connections uses few.
+    idle: Vec<oneshot::Sender<Instant>>,
+    is_over: bool,
 }
 
 impl Due {
@@ -33,35 +39,48 @@ impl Due {
             .name("pace".to_owned())
             .spawn(move || tell(per_second, until, &told))
             .context("starting a thread")?;
-        let due = Rc::new(Self { queue: RefCell::default(), waiting: Semaphore::new(0) });
+        let due = Rc::new(Self(RefCell::default()));
         let all = due.clone();
         tokio::task::spawn_local(async move {
             while let Some(at) = hears.recv().await {
-                all.queue.borrow_mut().push_back(at);
-                all.waiting.add_permits(1);
+                all.0.borrow_mut().give(at);
             }
             // Whoever waits for more hears that there is none.
-            all.waiting.close();
+            let state = &mut *all.0.borrow_mut();
+            state.is_over = true;
+            state.idle.clear();
         });
         Ok(due)
     }
 
     /// When the next order was due; none when that was the last.
     pub async fn next(&self) -> Option<Instant> {
-        loop {
+        let told = {
+            let state = &mut *self.0.borrow_mut();
             // What is due already is sent, however late.
-            if let Some(at) = self.queue.borrow_mut().pop_front() {
-                if let Ok(permit) = self.waiting.try_acquire() {
-                    permit.forget();
-                }
+            if let Some(at) = state.late.pop_front() {
                 return Some(at);
             }
-            // Somebody may have taken it by the time this runs.
-            match self.waiting.acquire().await {
-                Ok(permit) => permit.forget(),
-                Err(_) => return self.queue.borrow_mut().pop_front(),
+            if state.is_over {
+                return None;
+            }
+            let (tell, told) = oneshot::channel();
+            state.idle.push(tell);
+            told
+        };
+        told.await.ok()
+    }
+}
+
+impl State {
+    fn give(&mut self, mut at: Instant) {
+        while let Some(caller) = self.idle.pop() {
+            match caller.send(at) {
+                Ok(()) => return,
+                Err(back) => at = back, // it gave up waiting
             }
         }
+        self.late.push_back(at);
     }
 }
 
@@ -84,6 +103,21 @@ mod tests {
     use tokio::task::LocalSet;
 
     use super::*;
+
+    #[tokio::test]
+    async fn of_the_idle_callers_the_last_to_come_sends_the_next_order() {
+        let all = Rc::new(Due(RefCell::default()));
+        let (first, last) = (all.clone(), all.clone());
+        let waiting = async move { tokio::join!(biased; first.next(), last.next()) };
+        let giving = async {
+            let at = Instant::now();
+            all.0.borrow_mut().give(at);
+            all.0.borrow_mut().idle.remove(0);
+            at
+        };
+        let ((first, last), at) = tokio::join!(biased; waiting, giving);
+        assert_eq!((first, last), (None, Some(at)));
+    }
 
     #[tokio::test]
     async fn orders_are_due_at_their_times_however_late_they_are_asked_for() {

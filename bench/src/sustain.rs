@@ -246,12 +246,11 @@ impl Sustained {
 impl Overloaded {
     fn markdown(&self) -> String {
         let load = &self.overload.point.load;
+        let ms = |ms: Option<f64>| ms.map_or("–".to_owned(), |ms| format!("{ms:.1}"));
         let rows = [
             vec!["answered, × peak".to_owned(), format!("{:.2}", load.per_second / self.peak)],
-            vec![
-                "503, p99 ms until it came".to_owned(),
-                load.refused_p99_ms.map_or("–".to_owned(), |ms| format!("{ms:.1}")),
-            ],
+            vec!["503, p99 ms after the order was due".to_owned(), ms(load.refused_p99_ms)],
+            vec!["503, p99 ms after it was sent".to_owned(), ms(load.refused_after_sent_p99_ms)],
             vec!["503 without Retry-After".to_owned(), load.refused_without_retry_after.to_string()],
             vec!["202 (stored, and not answered in time)".to_owned(), grouped_count(load.not_yet)],
             vec!["cores of the load generator".to_owned(), format!("{:.2}", load.cpu_share)],
@@ -259,10 +258,7 @@ impl Overloaded {
                 "seconds until half of the peak was answered well again".to_owned(),
                 self.well_after_seconds.map_or("never".to_owned(), |seconds| seconds.to_string()),
             ],
-            vec![
-                "p99 ms of the 15 s after it".to_owned(),
-                self.after.load.p99_ms.map_or("–".to_owned(), |ms| format!("{ms:.1}")),
-            ],
+            vec!["p99 ms of the 15 s after it".to_owned(), ms(self.after.load.p99_ms)],
         ];
         format!("{}\n{}", self.overload.markdown(), markdown(&["overload", ""], &rows))
     }
