@@ -30,3 +30,16 @@ impl WritePath {
         &self.handle
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_spawned_ends_with_it() {
+        let path = WritePath::start().unwrap();
+        let task = path.handle().spawn(std::future::pending::<()>());
+        drop(path);
+        assert!(task.await.unwrap_err().is_cancelled());
+    }
+}
