@@ -262,6 +262,9 @@ async fn look_after_outbox(
                 Ok(_) => {}
                 Err(error) => log_db("measuring the outbox", error),
             }
+            if let Err(error) = outbox.vacuum().await {
+                log_db("vacuuming the outbox", error);
+            }
             // With nothing to send nobody would notice that it is back, and the next caller would
             // not be parked.
             if outbox.producer().is_away()

@@ -107,6 +107,27 @@ impl Fixture {
     }
 }
 
+#[tokio::test]
+async fn dead_rows_are_cleared_away_though_autovacuum_is_busy() {
+    let Fixture { db, outbox, .. } = Fixture::new().await;
+    db.execute("alter table outbox set (autovacuum_enabled = off)").await;
+    db.execute(
+        "insert into outbox (order_id, version, topic, key, headers, body)
+         select gen_random_uuid(), 1, 'none', '', '[]', '' from generate_series(1, 25000)",
+    )
+    .await;
+    db.execute("delete from outbox").await;
+    let vacuumed = || db.number("select pg_stat_get_vacuum_count('outbox'::regclass)", &[]);
+    // PostgreSQL counts what is dead a moment later.
+    eventually("the outbox is vacuumed", || async {
+        outbox.vacuum().await.map_err(|error| error.chain())?;
+        if vacuumed().await == 1 { Ok(()) } else { Err("not yet".to_owned()) }
+    })
+    .await;
+    outbox.vacuum().await.unwrap();
+    assert_eq!(vacuumed().await, 1, "nothing is dead any more");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_messages_of_one_order_are_swept_at_once_and_in_their_order() {
     let _turn = beside_others().await;
