@@ -86,7 +86,8 @@ pub async fn describe_server(client: &Client) -> anyhow::Result<String> {
     let sql = "
         select 'PostgreSQL ' || current_setting('server_version')
                || ', fsync ' || current_setting('fsync')
-               || ', synchronous_commit ' || current_setting('synchronous_commit')";
+               || ', synchronous_commit ' || current_setting('synchronous_commit')
+               || ', shared_buffers ' || current_setting('shared_buffers')";
     let row = client.query_one(sql, &[]).await.context("asking for the server's settings")?;
     Ok(row.try_get(0)?)
 }
@@ -109,7 +110,7 @@ pub async fn counts(client: &Client) -> anyhow::Result<Counts> {
     })
 }
 
-async fn connect(dsn: &str) -> anyhow::Result<Client> {
+pub async fn connect(dsn: &str) -> anyhow::Result<Client> {
     let config = parse(dsn)?;
     let (client, connection) = config.connect(NoTls).await.context("connecting to PostgreSQL (POSTGRES_DSN)")?;
     // Ends with the client; whoever asks something then learns of its error.

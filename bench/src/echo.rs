@@ -1,5 +1,6 @@
 //! The ceiling of Kafka: a request on one topic, its reply on another, by rdkafka and nothing else.
-//! Messages are as large as the service's, and as safe (acks=all, idempotent).
+//! Messages are as large as the service's, and as safe (acks=all, idempotent). With commits it is all
+//! that a waiting caller's order must go through, one after the other, without a service.
 
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 use crate::ground::Servers;
-use crate::pgbench;
+use crate::pgbench::{self, Committer};
 use client::latency::Latencies;
 
 /// As many as the service's topics have.
@@ -37,6 +38,9 @@ pub struct Pair {
     requests: String,
     #[arg(long)]
     replies: String,
+    /// Each side commits a row before it sends.
+    #[arg(long)]
+    commits: bool,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -54,8 +58,17 @@ pub struct Echo {
 
 impl Echo {
     /// The topics, and the process that answers what comes on the first of them.
-    pub async fn start(servers: &Servers, [requests, replies]: [String; 2]) -> anyhow::Result<Self> {
-        let topics = Pair { servers: servers.clone(), requests, replies };
+    pub async fn start(servers: &Servers, topics: [String; 2]) -> anyhow::Result<Self> {
+        Self::start_with(servers, topics, false).await
+    }
+
+    /// The same with a commit on each side, in the database that `servers` names.
+    pub async fn start_with_commits(servers: &Servers, topics: [String; 2]) -> anyhow::Result<Self> {
+        Self::start_with(servers, topics, true).await
+    }
+
+    async fn start_with(servers: &Servers, [requests, replies]: [String; 2], commits: bool) -> anyhow::Result<Self> {
+        let topics = Pair { servers: servers.clone(), requests, replies, commits };
         let all = topics.names().map(|name| NewTopic::new(name, PARTITIONS, TopicReplication::Fixed(-1)));
         for made in admin(servers)?.create_topics(&all, &options()).await.context("creating topics")? {
             made.map_err(|(topic, code)| anyhow::anyhow!("creating topic {topic}: {code}"))?;
@@ -63,6 +76,7 @@ impl Echo {
         let own = std::env::current_exe().context("finding this program")?;
         let child = Command::new(own)
             .args(["echo", "--requests", &topics.requests, "--replies", &topics.replies])
+            .args(commits.then_some("--commits"))
             // As they may hold a password, and arguments are seen in every list of processes.
             .env("POSTGRES_DSN", &servers.postgres_dsn)
             .env("KAFKA_BROKERS", &servers.kafka_brokers)
@@ -87,9 +101,13 @@ impl Echo {
 /// The hidden subcommand: answers until it is killed.
 pub fn answer(topics: &Pair) -> anyhow::Result<()> {
     let (consumer, producer) = topics.clients(&topics.requests)?;
+    let committer = topics.committer()?;
     loop {
         let Some(request) = consumer.poll(POLL) else { continue };
         let request = request.context("reading a request")?;
+        if let Some(committer) = &committer {
+            committer.commit()?;
+        }
         let key = request.key().unwrap_or_default();
         let reply = BaseRecord::to(&topics.replies).key(key).payload(&REPLY[..]);
         producer.send(reply).map_err(|(error, _)| error).context("sending a reply")?;
@@ -99,8 +117,12 @@ pub fn answer(topics: &Pair) -> anyhow::Result<()> {
 fn ask(topics: &Pair, at_once: u64, time: Duration) -> anyhow::Result<Figures> {
     let (consumer, producer) = topics.clients(&topics.replies)?;
     let body = pgbench::bytes_of_a_row().1;
+    let committer = topics.committer()?;
     let mut began = Vec::new();
     let send = |number: usize| {
+        if let Some(committer) = &committer {
+            committer.commit()?;
+        }
         let key = number.to_le_bytes();
         let request = BaseRecord::to(&topics.requests).key(&key[..]).payload(body.as_bytes());
         producer.send(request).map_err(|(error, _)| error).context("sending a request")
@@ -144,6 +166,10 @@ fn ask(topics: &Pair, at_once: u64, time: Duration) -> anyhow::Result<Figures> {
 impl Pair {
     fn names(&self) -> [&str; 2] {
         [&self.requests, &self.replies]
+    }
+
+    fn committer(&self) -> anyhow::Result<Option<Committer>> {
+        self.commits.then(|| Committer::connect(&self.servers.postgres_dsn)).transpose()
     }
 
     /// A consumer of all that comes on `topic` from now on, and a producer.

@@ -8,10 +8,12 @@ use anyhow::{Context, ensure};
 use serde::Serialize;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
+use tokio::runtime::{Builder, Runtime};
+use tokio_postgres::{Client, Statement};
 
 use client::latency::Latencies;
 
-use crate::database::Database;
+use crate::database::{self, Database};
 use crate::load_orders::Bodies;
 
 /// One order and its outbox row in one statement.
@@ -91,6 +93,46 @@ pub async fn single_commits(database: &Database, seconds: u64, folder: &Path) ->
     Ok(SingleCommits { p50_ms: of(50.0)?, p99_ms: of(99.0)? })
 }
 
+/// pgbench's statement by a connection of the caller's own, whose thread waits for it.
+pub struct Committer {
+    runtime: Runtime,
+    client: Client,
+    statement: Statement,
+    row: (String, String),
+}
+
+impl Committer {
+    /// # Errors
+    /// When PostgreSQL is not there, or [`make_tables`] was not called before.
+    pub fn connect(dsn: &str) -> anyhow::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+        let (client, statement) = runtime.block_on(async {
+            let client = database::connect(dsn).await?;
+            let statement = client.prepare(&statement()).await.context("preparing pgbench's statement")?;
+            anyhow::Ok((client, statement))
+        })?;
+        Ok(Self { runtime, client, statement, row: bytes_of_a_row() })
+    }
+
+    pub fn commit(&self) -> anyhow::Result<()> {
+        let (payload, event) = &self.row;
+        let committed = async { self.client.execute(&self.statement, &[payload, event]).await };
+        self.runtime.block_on(committed).context("committing a row").map(drop)
+    }
+}
+
+/// pgbench's script as one statement of two parameters.
+fn statement() -> String {
+    let lines = SCRIPT.lines().filter(|line| !line.starts_with("\\"));
+    let sql = lines.collect::<Vec<_>>().join("\n");
+    sql.replace(":user_number::text", "random()::text").replace(":payload", "$1::text::json").replace(":event", "$2")
+}
+
+/// For whoever uses a [`Committer`]; they go with the next run of pgbench.
+pub async fn make_tables(database: &Database) -> anyhow::Result<()> {
+    database.connect().await?.batch_execute(TABLES).await.context("making pgbench's tables")
+}
+
 /// client, transaction, **microseconds**, script, second, microsecond
 fn micros(line: &str) -> Option<Duration> {
     Some(Duration::from_micros(line.split_whitespace().nth(2)?.parse().ok()?))
@@ -98,7 +140,7 @@ fn micros(line: &str) -> Option<Duration> {
 
 /// What it printed. Empty tables each time, so that a second run finds what the first one found.
 async fn pgbench(database: &Database, seconds: u64, arguments: &[String]) -> anyhow::Result<String> {
-    database.connect().await?.batch_execute(TABLES).await.context("making pgbench's tables")?;
+    make_tables(database).await?;
     let (payload, event) = bytes_of_a_row();
     let mut child = Command::new("pgbench")
         .args(["-n", "-M", "prepared", "-f", "-", "-T", &seconds.to_string()])
@@ -156,6 +198,13 @@ mod tests {
     fn the_time_of_a_transaction_is_read_from_the_log() {
         assert_eq!(micros("0 1 2038 0 1767225600 123456"), Some(Duration::from_micros(2038)));
         assert_eq!(micros("0 1"), None);
+    }
+
+    #[test]
+    fn the_script_is_one_statement_of_two_parameters() {
+        let sql = statement();
+        assert!(sql.contains("$1::text::json") && sql.contains("$2 from new_order"), "{sql}");
+        assert!(!sql.contains('\\') && !sql.contains(" :"), "{sql}");
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub struct Ceilings {
     pub pgbench: Vec<pgbench::Figures>,
     pub single_commits: pgbench::SingleCommits,
     pub kafka_single: echo::Figures,
+    /// A commit, a request, a commit, its reply.
+    pub chain: echo::Figures,
     pub kafka_many: echo::Figures,
     pub http: load::Figures,
 }
@@ -326,6 +328,8 @@ impl Report {
             row("a single commit, p99 ms", &|all| all.single_commits.p99_ms, 2),
             row("Kafka's request and reply, p50 ms", &|all| all.kafka_single.p50_ms, 2),
             row("Kafka's request and reply, p99 ms", &|all| all.kafka_single.p99_ms, 2),
+            row("the same with a commit before each, by bare clients, p50 ms", &|all| all.chain.p50_ms, 2),
+            row("the same with a commit before each, by bare clients, p99 ms", &|all| all.chain.p99_ms, 2),
             row("Kafka's request and reply, 512 at once, per s", &|all| all.kafka_many.per_second, 0),
             row("bare HTTP, 512 callers, per s", &|all| all.http.per_second, 0),
         ];
@@ -454,6 +458,7 @@ mod tests {
                 pgbench: vec![figures(0.9 * pgbench), figures(1.1 * pgbench)],
                 single_commits: pgbench::SingleCommits { p50_ms: 0.5, p99_ms: 1.0 },
                 kafka_single: echo,
+                chain: echo,
                 kafka_many: echo,
                 http: load::Figures::default(),
             },

@@ -24,6 +24,13 @@ const MANY: usize = 512;
 /// Of an open loop: more than are ever under way while the service keeps up.
 const CONNECTIONS: usize = 512;
 
+/// What is measured without the service.
+struct Ceiling {
+    echo: Echo,
+    chain: Echo,
+    http: Bare,
+}
+
 pub struct Options {
     pub servers: Servers,
     pub rounds: usize,
@@ -60,7 +67,13 @@ async fn measure(options: &Options, ground: &Ground) -> anyhow::Result<Report> {
     let start = StartFigures { api_ms: product.api.ready_after_ms, worker_ms: product.worker.ready_after_ms };
     let idle = product.memory()?;
     let mut bench = Bench::new(options.warm_up, options.measure);
-    let (echo, bare) = (Echo::start(&ground.servers, ground.topics.echo.clone()).await?, Bare::start().await?);
+    pgbench::make_tables(database).await?;
+    let servers = Servers { postgres_dsn: database.dsn().to_owned(), ..ground.servers.clone() };
+    let bare = Ceiling {
+        echo: Echo::start(&servers, ground.topics.echo.clone()).await?,
+        chain: Echo::start_with_commits(&servers, ground.topics.chain.clone()).await?,
+        http: Bare::start().await?,
+    };
 
     // Kafka on new servers is still being compiled: it took half a core where it takes a sixth soon
     // after. What is measured is a service that has been running.
@@ -69,14 +82,15 @@ async fn measure(options: &Options, ground: &Ground) -> anyhow::Result<Report> {
         let point = bench.point(&mut product, Load::closed(mode, callers)).await?;
         step(&format!("not counted, to warm up: {callers} callers, {}: {:.0}/s", mode.label(), point.load.per_second));
     }
-    echo.measure(MANY as u64, options.ceiling).await?;
+    bare.echo.measure(MANY as u64, options.ceiling).await?;
     let mut rounds = Vec::new();
     for number in 1..=options.rounds {
         let label = format!("round {number} of {}", options.rounds);
-        rounds.push(round(options, ground, &mut product, &mut bench, (&echo, &bare), &label).await?);
+        rounds.push(round(options, ground, &mut product, &mut bench, &bare, &label).await?);
     }
-    echo.stop().await?;
-    drop(bare);
+    bare.echo.stop().await?;
+    bare.chain.stop().await?;
+    drop(bare.http);
 
     let after_load = product.memory()?;
     let mut parked = Vec::new();
@@ -97,7 +111,7 @@ async fn round(
     ground: &Ground,
     product: &mut Product,
     bench: &mut Bench,
-    (echo, bare): (&Echo, &Bare),
+    bare: &Ceiling,
     label: &str,
 ) -> anyhow::Result<Round> {
     let (database, seconds) = (&ground.database, options.ceiling.as_secs().max(1));
@@ -108,10 +122,12 @@ async fn round(
     };
     let before = pgbench().await?;
     let single_commits = pgbench::single_commits(database, seconds, &ground.folder).await?;
-    let kafka_single = echo.measure(1, options.ceiling).await?;
+    let kafka_single = bare.echo.measure(1, options.ceiling).await?;
+    pgbench::make_tables(database).await?;
+    let chain = bare.chain.measure(1, options.ceiling).await?;
     step(&format!(
-        "{label}, single commits: {:.2} ms, Kafka's request and reply: {:.2} ms (p50)",
-        single_commits.p50_ms, kafka_single.p50_ms
+        "{label}, p50 of single commits: {:.2} ms, of Kafka's request and reply: {:.2} ms, with two commits: {:.2} ms",
+        single_commits.p50_ms, kafka_single.p50_ms, chain.p50_ms
     ));
 
     let (mut closed, mut open) = (Vec::new(), Vec::new());
@@ -127,11 +143,12 @@ async fn round(
         let load = Load::open(Mode::Answered, (share * peak).max(1.0), CONNECTIONS);
         open.push(point(bench, product, load, label).await?);
     }
-    let kafka_many = echo.measure(MANY as u64, options.ceiling).await?;
-    let http = over_http(options, bare).await?;
+    let kafka_many = bare.echo.measure(MANY as u64, options.ceiling).await?;
+    let http = over_http(options, &bare.http).await?;
     step(&format!("{label}, Kafka: {:.0}/s, HTTP: {:.0}/s", kafka_many.per_second, http.per_second));
     let after = pgbench().await?;
-    let ceilings = Ceilings { pgbench: vec![before, middle, after], single_commits, kafka_single, kafka_many, http };
+    let pgbench = vec![before, middle, after];
+    let ceilings = Ceilings { pgbench, single_commits, kafka_single, chain, kafka_many, http };
     Ok(Round { ceilings, closed, open })
 }
 
