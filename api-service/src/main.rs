@@ -16,7 +16,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli: Cli = settings::parse();
-    shutdown::run_to_end(async {
+    // Besides the write path, which has a thread of its own.
+    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get() - 1);
+    shutdown::run_to_end(threads, async {
         match cli.command {
             Some(Command::Migrate) => migrate(cli.config).await,
             None => serve(cli.config).await,

@@ -13,9 +13,12 @@ use worker::config::{Cli, Config};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// It does one thing after the other: what one thread wakes on another only costs time.
+const THREADS: usize = 1;
+
 fn main() -> ExitCode {
     let cli: Cli = settings::parse();
-    shutdown::run_to_end(async {
+    shutdown::run_to_end(THREADS, async {
         match cli.command {
             Some(command) => worker::cli::run(cli.config, command).await,
             None => work(cli.config).await,
