@@ -99,7 +99,7 @@ impl Table {
     pub fn wait(&self, id: Uuid, answer: Answer) -> Option<Answer> {
         let mut waiter = self.waiters.register(id)?;
         self.waiters.answer(id, || Some(answer));
-        waiter.answered().now_or_never()
+        waiter.answered().now_or_never().flatten()
     }
 
     /// An answer that nobody waits for, as most are that are meant for other replicas.

@@ -101,6 +101,16 @@ pub(crate) enum Progress {
     Repeated,
 }
 
+/// What came of a caller's wait.
+#[derive(Debug)]
+pub(crate) struct Waited {
+    pub began: Instant,
+    pub until: Instant,
+    /// Did it have a place among those who wait?
+    pub is_parked: bool,
+    pub answer: Option<Answer>,
+}
+
 impl Done {
     /// As the database has it; the version is this request's own.
     fn new(operation: Operation, order_id: Uuid, correlation_id: Uuid, state: State, progress: Progress) -> Self {
@@ -121,53 +131,69 @@ impl Orders {
         }
         let correlation_id = Uuid::now_v7();
         // Before the write: an answer that comes first would find nobody.
-        let waiter = wait.and_then(|_| self.park(correlation_id));
+        let mut waiter = wait.and_then(|_| self.park(correlation_id));
         let reply_to = waiter.as_ref().and_then(|_| self.replies.for_request(correlation_id));
         let origin = Origin { correlation_id, reply_to, trace, expected, claim };
-        let (operation, work) = self.work(upsert, &origin);
-        let written = self.writer.write(work, origin).await?;
-        self.settle(written, operation, correlation_id, wait, waiter).await
+        let work = self.work(upsert, &origin);
+        let operation = work.operation();
+        let queued = self.writer.try_queue(work, origin, waiter.as_ref().map(Waiter::wake))?;
+        let began = Instant::now();
+        let answer = match (&mut waiter, wait) {
+            (Some(waiter), Some(until)) => self.answer(waiter, until).await,
+            _ => None,
+        };
+        let written = queued.written().await?;
+        let waited = wait.map(|until| Waited { began, until, is_parked: waiter.is_some(), answer });
+        // A repeat that waits counts like any other caller that does; nobody else waits any longer.
+        let _place = waiter.filter(|_| matches!(written, Written::Before { .. }));
+        self.settle(written, operation, correlation_id, waited).await
     }
 
-    /// What a request asks the writer for.
-    pub(crate) fn work(&self, upsert: Upsert, origin: &Origin) -> (Operation, Work) {
-        match upsert {
-            Upsert::Create(order) => {
-                (Operation::Created, Work::Create(Box::new(change::new_row(order, origin, now(), &self.topic))))
-            }
-            Upsert::Update(change) => (Operation::Updated, Work::Update(Box::new(change))),
-            Upsert::Delete(target) => (Operation::Deleted, Work::Delete(target)),
+    /// The worker's answer, if there is one in time.
+    async fn answer(&self, waiter: &mut Waiter, until: Instant) -> Option<Answer> {
+        tokio::select! {
+            biased;
+            answer = waiter.answered() => answer,
+            () = tokio::time::sleep_until(until) => None,
+            () = self.hurry.cancelled() => None,
         }
     }
 
-    /// What the caller is told of a change that is durable; with a deadline, once the worker has
-    /// answered.
+    /// What a request asks the writer for.
+    pub(crate) fn work(&self, upsert: Upsert, origin: &Origin) -> Work {
+        match upsert {
+            Upsert::Create(order) => Work::Create(Box::new(change::new_row(order, origin, now(), &self.topic))),
+            Upsert::Update(change) => Work::Update(Box::new(change)),
+            Upsert::Delete(target) => Work::Delete(target),
+        }
+    }
+
+    /// What the caller is told of a change that is durable, and of the worker's answer. What few
+    /// callers need is boxed: otherwise each of those who wait would hold room for all of it, some
+    /// kilobytes.
     pub(crate) async fn settle(
         &self,
         written: Written,
         operation: Operation,
         correlation_id: Uuid,
-        wait: Option<Instant>,
-        waiter: Option<Waiter>,
+        waited: Option<Waited>,
     ) -> Result<Done, Problem> {
         match written {
             Written::Now { order_id, state } => {
-                metrics::counter!("orderstream_orders_accepted_total", "op" => operation.name()).increment(1);
                 let done = Done::new(operation, order_id, correlation_id, *state, Progress::Stored);
-                match wait {
-                    Some(deadline) => self.wait(done, waiter, deadline).await,
+                match waited {
+                    Some(Waited { began, answer, .. }) => self.handled(done, answer, began).await,
                     None => Ok(done),
                 }
             }
             Written::Nothing { order_id, state } => {
                 Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Answered))
             }
-            // The place is kept: a repeat that waits counts like any other caller that does.
             Written::Before { order_id, correlation_id } => {
-                let deadline = wait.filter(|_| waiter.is_some());
-                self.repeat(order_id, correlation_id, wait.is_some(), deadline).await
+                let until = waited.as_ref().filter(|waited| waited.is_parked).map(|waited| waited.until);
+                Box::pin(self.repeat(order_id, correlation_id, waited.is_some(), until)).await
             }
-            Written::Repeated(known) => self.replay(operation, *known).await,
+            Written::Repeated(known) => Box::pin(self.replay(operation, *known)).await,
         }
     }
 
@@ -198,7 +224,6 @@ impl Orders {
         };
         match self.writer.write(Work::Move(change), origin).await? {
             Written::Now { order_id, state } => {
-                metrics::counter!("orderstream_orders_accepted_total", "op" => operation.name()).increment(1);
                 Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Stored))
             }
             Written::Nothing { order_id, state } => {
@@ -217,21 +242,12 @@ impl Orders {
         self.waiters.register(correlation_id)
     }
 
-    async fn wait(&self, done: Done, waiter: Option<Waiter>, deadline: Instant) -> Result<Done, Problem> {
-        let began = Instant::now();
-        let answer = match waiter {
-            Some(mut waiter) => tokio::select! {
-                biased;
-                answer = waiter.answered() => Some(answer),
-                () = tokio::time::sleep_until(deadline) => None,
-                () = self.hurry.cancelled() => None,
-            },
-            None => None,
-        };
+    /// What is known when the wait is over.
+    async fn handled(&self, done: Done, answer: Option<Answer>, began: Instant) -> Result<Done, Problem> {
         let answer = match answer {
             Some(answer) => Some(answer),
             // An answer that got lost costs only time: it is in the history too.
-            None => self.look_up(done.order_id, done.correlation_id).await,
+            None => Box::pin(self.look_up(done.order_id, done.correlation_id)).await,
         };
         match answer {
             Some(answer) if answer.status != AckStatus::Failed => {

@@ -31,6 +31,13 @@ pub(crate) struct Waiter {
     answer: oneshot::Receiver<Answer>,
 }
 
+/// Held by the change whose answer is awaited. Dropped, it wakes the caller, for whom there will be no
+/// answer.
+pub(crate) struct Wake {
+    id: Uuid,
+    waiters: Option<Waiters>,
+}
+
 impl Waiters {
     pub(crate) fn new(limit: usize) -> Self {
         let gauge = metrics::gauge!("orderstream_waiters");
@@ -64,11 +71,27 @@ impl Waiters {
 }
 
 impl Waiter {
-    /// The answer. Never resolves when there will be none.
-    pub(crate) async fn answered(&mut self) -> Answer {
-        match (&mut self.answer).await {
-            Ok(answer) => answer,
-            Err(_) => std::future::pending().await,
+    pub(crate) fn wake(&self) -> Wake {
+        Wake { id: self.id, waiters: Some(self.waiters.clone()) }
+    }
+
+    /// The answer, or `None` when there will be none. Ask no more after either.
+    pub(crate) async fn answered(&mut self) -> Option<Answer> {
+        (&mut self.answer).await.ok()
+    }
+}
+
+impl Wake {
+    /// The answer is on its way, and wakes the caller when it comes.
+    pub(crate) fn leave_to_answer(mut self) {
+        self.waiters = None;
+    }
+}
+
+impl Drop for Wake {
+    fn drop(&mut self) {
+        if let Some(waiters) = &self.waiters {
+            waiters.0.senders.remove(&self.id);
         }
     }
 }
@@ -109,8 +132,21 @@ mod tests {
             waiters.answer(waiter.id, || Some(answer(*version)));
         }
         for (version, waiter) in &mut all {
-            assert_eq!(waiter.answered().await.order_version, *version);
+            assert_eq!(waiter.answered().await.unwrap().order_version, *version);
         }
+    }
+
+    #[tokio::test]
+    async fn who_gets_no_answer_is_woken_and_who_gets_one_only_by_that() {
+        let waiters = Waiters::new(2);
+        let mut waiter = waiters.register(Uuid::now_v7()).unwrap();
+        drop(waiter.wake());
+        assert!(waiter.answered().await.is_none());
+        let mut waiter = waiters.register(Uuid::now_v7()).unwrap();
+        waiter.wake().leave_to_answer();
+        assert!(futures_util::poll!(std::pin::pin!(waiter.answered())).is_pending());
+        waiters.answer(waiter.id, || Some(answer(7)));
+        assert_eq!(waiter.answered().await.unwrap().order_version, 7);
     }
 
     #[tokio::test(start_paused = true)]

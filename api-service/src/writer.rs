@@ -9,7 +9,7 @@
 mod together;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -33,6 +33,7 @@ use crate::{
     change::{self, Context, Decided, Expected},
     error::Problem,
     idempotency::Claim,
+    orders::Operation,
     request::{Change, Target},
     store::{
         change as store_change,
@@ -42,6 +43,7 @@ use crate::{
         keys::{self, KeyRow, Known},
         read::{self, Reference},
     },
+    waiters::Wake,
     write_path::WritePath,
 };
 
@@ -103,6 +105,15 @@ impl Work {
         }
     }
 
+    pub(crate) const fn operation(&self) -> Operation {
+        match self {
+            Self::Create(_) => Operation::Created,
+            Self::Update(_) => Operation::Updated,
+            Self::Delete(_) => Operation::Deleted,
+            Self::Move(_) => Operation::Moved,
+        }
+    }
+
     /// User and external id of a new order.
     fn reference(&self) -> Option<(&str, Option<&str>)> {
         match self {
@@ -155,6 +166,8 @@ struct Command {
     _room: OwnedSemaphorePermit,
     /// Of those who want to know when all that they have queued is done.
     _queued: Option<TaskTrackerToken>,
+    /// Last, as it is dropped last: the caller who is woken finds the reply.
+    wake: Option<Wake>,
 }
 
 /// A change that has its place in the queue.
@@ -223,14 +236,20 @@ impl Writer {
 
     /// Returns once the change is durable.
     pub(crate) async fn write(&self, work: Work, origin: Origin) -> Result<Written, Problem> {
+        self.try_queue(work, origin, None)?.written().await
+    }
+
+    /// Queues a change if there is room. A caller who waits for the worker's answer is not woken by
+    /// the commit, only to wait on, but by `wake` when no answer will come.
+    pub(crate) fn try_queue(&self, work: Work, origin: Origin, wake: Option<Wake>) -> Result<Queued, Problem> {
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
-        let command = Command { work, origin, reply, _room: room, _queued: None };
+        let command = Command { work, origin, reply, _room: room, _queued: None, wake };
         self.queue_of(&command.work).try_send(command).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => FULL,
             mpsc::error::TrySendError::Closed(_) => SHUTTING_DOWN,
         })?;
-        Queued(written).written().await
+        Ok(Queued(written))
     }
 
     /// Queues one of many changes that a client brings at once, when there is room for it: such a
@@ -240,7 +259,7 @@ impl Writer {
         let kib = work.kib().clamp(BULK_LINE_KIB, BULK_KIB as u32);
         let room = self.bulk_room.clone().acquire_many_owned(kib).await.map_err(|_| Problem::Internal)?;
         let (reply, written) = oneshot::channel();
-        let command = Command { work, origin, reply, _room: room, _queued: Some(queued.token()) };
+        let command = Command { work, origin, reply, _room: room, _queued: Some(queued.token()), wake: None };
         self.queue_of(&command.work).send(command).await.map_err(|_| SHUTTING_DOWN)?;
         Ok(Queued(written))
     }
@@ -255,6 +274,16 @@ impl Writer {
 }
 
 impl Command {
+    fn answer(self, result: Result<Written, Problem>) {
+        let Self { reply, wake, .. } = self;
+        let will_be_answered = matches!(result, Ok(Written::Now { .. }));
+        // Nobody there any more: the change stands all the same.
+        let _ = reply.send(result);
+        if let Some(wake) = wake.filter(|_| will_be_answered) {
+            wake.leave_to_answer();
+        }
+    }
+
     /// What a batch may hold only once: the order, the external id, the idempotency key. As hashes;
     /// two that are alike by chance only wait for the next batch.
     fn keys(&self) -> impl Iterator<Item = u128> {
@@ -322,9 +351,9 @@ impl Task {
             metrics::histogram!("orderstream_commit_seconds").record(started.elapsed().as_secs_f64());
             match result {
                 Ok(results) => {
+                    count_accepted(part.iter().map(|command| command.work.operation()).zip(&results));
                     for (command, result) in part.into_iter().zip(results) {
-                        // Nobody there any more: the change stands all the same.
-                        let _ = command.reply.send(result);
+                        command.answer(result);
                     }
                 }
                 Err(error)
@@ -337,7 +366,7 @@ impl Task {
                 Err(error) => {
                     let problem = Problem::from(error);
                     for command in part {
-                        let _ = command.reply.send(Err(problem.clone()));
+                        command.answer(Err(problem.clone()));
                     }
                 }
             }
@@ -552,6 +581,17 @@ impl Task {
         self.outbox.publish(sent, began);
         self.cache.forget(changed.iter().map(|(order_id, user_id)| (*order_id, user_id.as_str()))).await;
         Ok(results)
+    }
+}
+
+/// Tells how many changes are durable now, at once for all of a batch.
+fn count_accepted<'a>(results: impl Iterator<Item = (Operation, &'a Result<Written, Problem>)>) {
+    let mut counts: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for (operation, _) in results.filter(|(_, result)| matches!(result, Ok(Written::Now { .. }))) {
+        *counts.entry(operation.name()).or_default() += 1;
+    }
+    for (operation, count) in counts {
+        metrics::counter!("orderstream_orders_accepted_total", "op" => operation).increment(count);
     }
 }
 

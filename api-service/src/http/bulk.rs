@@ -306,7 +306,7 @@ async fn settle(app: App, item: Item) -> Outcome {
         Item::End(reason) => return Outcome::End(reason),
     };
     let done = match written {
-        Ok(written) => app.orders.settle(written, operation, correlation_id, None, None).await,
+        Ok(written) => app.orders.settle(written, operation, correlation_id, None).await,
         Err(problem) => Err(problem),
     };
     match done {
@@ -452,7 +452,8 @@ where
         }
         let correlation_id = Uuid::now_v7();
         let origin = Origin { correlation_id, reply_to: None, trace: self.trace.clone(), expected: None, claim: None };
-        let (operation, work) = self.app.orders.work(upsert, &origin);
+        let work = self.app.orders.work(upsert, &origin);
+        let operation = work.operation();
         match self.app.orders.writer.queue(work, origin, &self.queued).await {
             Ok(queued) => Item::Queued { line, operation, correlation_id, queued },
             Err(problem) => Item::Refused { line, problem, _room: None },

@@ -9,9 +9,10 @@ use shared::{
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{BATCH, CONTENTION_RETRIES, Writer, Written, placed, written};
+use super::{BATCH, CONTENTION_RETRIES, Writer, Written, count_accepted, placed, written};
 use crate::{
     error::Problem,
+    orders::Operation,
     store::{
         insert::{self, NewRow},
         read,
@@ -39,6 +40,7 @@ impl Writer {
                 Ok((results, sent)) => {
                     self.outbox.publish(sent, began);
                     self.cache.forget(rows.iter().map(|row| (row.order_id, row.user_id.as_str()))).await;
+                    count_accepted(results.iter().map(|result| (Operation::Created, result)));
                     let of_row = |(row, result): (&NewRow, Result<Written, Problem>)| {
                         result.map(|written| Stored { correlation_id: row.correlation_id, written })
                     };
