@@ -40,6 +40,7 @@ use shared::{
     outbox::Outbox,
     server,
     settings::KafkaSettings,
+    vacuum::clear_dead_rows,
 };
 use tokio::{net::TcpListener, runtime::Handle, sync::Semaphore, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -97,7 +98,7 @@ pub async fn run(
     vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
     let answers = serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone());
     vital.spawn_on(answers, path.handle());
-    vital.spawn(look_after_outbox(outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
+    vital.spawn(look_after_outbox(db.clone(), outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
     vital.spawn(wait_for_start(replies.clone(), migrated.clone(), started.clone(), stop.clone()));
     vital.spawn(forget_keys(db.clone(), config.api.idempotency_ttl, migrated.clone(), stop.clone()));
     if let (Identity::Jwt(tokens), Some(path)) = (&identity, config.auth.jwks_file()) {
@@ -242,8 +243,9 @@ async fn forget_keys(
     Ok(())
 }
 
-/// Sweeps and measures the outbox once there is one.
+/// Sweeps and measures the outbox once there is one, and keeps tables clear of dead rows.
 async fn look_after_outbox(
+    db: Db,
     outbox: Outbox,
     settings: KafkaSettings,
     migrated: CancellationToken,
@@ -262,8 +264,8 @@ async fn look_after_outbox(
                 Ok(_) => {}
                 Err(error) => log_db("measuring the outbox", error),
             }
-            if let Err(error) = outbox.vacuum().await {
-                log_db("vacuuming the outbox", error);
+            if let Err(error) = clear_dead_rows(&db).await {
+                log_db("vacuuming", error);
             }
             // With nothing to send nobody would notice that it is back, and the next caller would
             // not be parked.

@@ -4,7 +4,6 @@
 use anyhow::Context;
 use tokio_postgres::Client;
 
-use client::latency::Latencies;
 use client::money::grouped_count;
 use client::table::markdown;
 
@@ -15,7 +14,7 @@ use crate::measure::{Bench, Load, Mode, median, spread};
 use crate::pgbench;
 use crate::process;
 use crate::product::Product;
-use crate::stored::{self, FLAT};
+use crate::stored::{self, Asked, FLAT};
 use crate::sustain;
 
 const CALLERS: usize = 512;
@@ -42,7 +41,7 @@ struct Size {
     /// Orders per second, and of pgbench's at that time, of each round: accepted, answered.
     rates: [Vec<f64>; 2],
     ratios: [Vec<f64>; 2],
-    reads: Vec<(&'static str, Latencies)>,
+    reads: Vec<(&'static str, Asked)>,
     /// Table, MiB of its rows, MiB of its indexes.
     tables: Vec<(String, f64, f64)>,
 }
@@ -78,8 +77,8 @@ async fn measure(options: &Options, ground: &Ground) -> anyhow::Result<String> {
         step(&format!("{stored} orders stored: reading"));
         let mut connection = Connection::open(product.address()).await?;
         for question in stored::questions(&client, &mut connection, product.address(), filled).await? {
-            let (latencies, _) = stored::ask(&mut connection, product.address(), &question, options.requests).await?;
-            size.reads.push((question.name, latencies));
+            let asked = stored::ask(&mut connection, product.address(), &question, options.requests).await?;
+            size.reads.push((question.name, asked));
         }
         size.tables = tables(&client).await?;
         sizes.push(size);
@@ -110,10 +109,10 @@ async fn rates(ground: &Ground, bench: &mut Bench, product: &mut Product, stored
 
 async fn tables(client: &Client) -> anyhow::Result<Vec<(String, f64, f64)>> {
     let sql = "
-        select regexp_replace(relname, '_p[0-3]$', '') as name, sum(pg_table_size(relid))::float8 / 1048576,
+        select regexp_replace(relname, '_(p[0-3]|first|later)$', '') as name, sum(pg_table_size(relid))::float8 / 1048576,
                sum(pg_indexes_size(relid))::float8 / 1048576
         from pg_stat_user_tables
-        where relname ~ '^(orders|order_refs|order_events)_p[0-3]$' or relname in ('order_states', 'outbox')
+        where relname ~ '^(orders|order_refs|order_events)_p[0-3]$|^order_states_' or relname = 'outbox'
         group by 1 order by 2 desc";
     let rows = client.query(sql, &[]).await.context("asking for the tables' sizes")?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())
@@ -150,17 +149,20 @@ fn render(sizes: &[Size]) -> String {
     let mut text = format!("{}\n", markdown(&header, &rows));
 
     let read: Vec<&Size> = sizes.iter().filter(|size| !size.reads.is_empty()).collect();
-    let mut header = vec!["p50 / p99 ms".to_owned()];
+    let mut header = vec!["p50 / p99 ms (p50 when first asked)".to_owned()];
     header.extend(read.iter().map(|size| grouped_count(size.stored)));
     header.push("p50, last / first".to_owned());
     let questions = read.first().map_or(0, |size| size.reads.len());
     let rows: Vec<_> = (0..questions)
         .map(|place| {
-            let all: Vec<&Latencies> = read.iter().filter_map(|size| Some(&size.reads.get(place)?.1)).collect();
-            let of = |latencies: &Latencies, part| latencies.percentile_ms(part).unwrap_or_default();
+            let all: Vec<&Asked> = read.iter().filter_map(|size| Some(&size.reads.get(place)?.1)).collect();
+            let again = |asked: &Asked, part| asked.again.percentile_ms(part).unwrap_or_default();
             let mut row = vec![read[0].reads[place].0.to_owned()];
-            row.extend(all.iter().map(|one| format!("{:.2} / {:.2}", of(one, 50.0), of(one, 99.0))));
-            let ratio = all.last().zip(all.first()).map_or(0.0, |(last, first)| of(last, 50.0) / of(first, 50.0));
+            row.extend(all.iter().map(|asked| {
+                let first = asked.first.percentile_ms(50.0).unwrap_or_default();
+                format!("{:.2} / {:.2} ({first:.2})", again(asked, 50.0), again(asked, 99.0))
+            }));
+            let ratio = all.last().zip(all.first()).map_or(0.0, |(last, first)| again(last, 50.0) / again(first, 50.0));
             row.push(format!("{ratio:.2}{}", if ratio <= FLAT { "" } else { " **ABOVE**" }));
             row
         })
@@ -187,13 +189,12 @@ mod tests {
     #[test]
     fn what_is_kept_is_measured_by_pgbench_at_that_time() {
         let size = |stored, rate: f64, ceiling: f64, p50: u64| {
-            let mut latencies = Latencies::new().expect("a histogram");
-            latencies.record(std::time::Duration::from_micros(p50));
+            let asked = Asked::of(std::time::Duration::from_micros(p50)).expect("histograms");
             Size {
                 stored,
                 rates: [vec![rate; 3], vec![rate / 2.0; 3]],
                 ratios: [vec![rate / ceiling; 3], vec![rate / 2.0 / ceiling; 3]],
-                reads: if stored > 0 { vec![("by id", latencies)] } else { Vec::new() },
+                reads: if stored > 0 { vec![("by id", asked)] } else { Vec::new() },
                 tables: vec![("orders".to_owned(), 10.0, 5.0)],
             }
         };

@@ -26,7 +26,7 @@ const STRETCH: u64 = 10_000;
 const LIMIT: u64 = 50;
 /// As deep as the cursor goes, where there are so many pages.
 const DEEP_PAGE: u64 = 10_000;
-/// Not measured: statements are prepared, pages come into memory.
+/// Not measured: statements are prepared.
 const WARM_UP: usize = 50;
 /// A p50 that grows by more than this from the fewest orders to the most is not flat.
 pub const FLAT: f64 = 1.5;
@@ -92,11 +92,11 @@ async fn measure(options: &Options, database: &Database, address: &Address) -> a
         settled(&client).await?;
         let before = counted(&client).await?;
         for question in &questions {
-            let (latencies, rows) = ask(&mut connection, address, question, options.requests).await?;
-            expect(&mut expected, question, (options.requests + WARM_UP) as u64, rows);
+            let asked = ask(&mut connection, address, question, options.requests).await?;
+            expect(&mut expected, question, asked.answers, asked.rows);
             match seen.iter_mut().find(|(name, _)| *name == question.name) {
-                Some((_, all)) => all.push(latencies),
-                None => seen.push((question.name, vec![latencies])),
+                Some((_, all)) => all.push(asked.again),
+                None => seen.push((question.name, vec![asked.again])),
             }
         }
         scans.push(check_scans(&client, &before, &expected).await?);
@@ -193,25 +193,49 @@ async fn deep_pages(connection: &mut Connection, address: &Address, stored: u64)
     Ok(walked.split_off(walked.len().saturating_sub(KEPT)))
 }
 
-/// What the answers took, and how many orders were read for them: one more than a page holds shows
-/// that there is another page.
+/// What the answers to a question took.
+pub(crate) struct Asked {
+    /// Of each path the first time, when its pages may still lie on the disk: ten million orders do not
+    /// fit into most memories.
+    pub first: Latencies,
+    pub again: Latencies,
+    /// How many there were, and how many orders were read for them.
+    answers: u64,
+    rows: u64,
+}
+
+#[cfg(test)]
+impl Asked {
+    pub(crate) fn of(took: Duration) -> anyhow::Result<Self> {
+        let mut asked = Self { first: Latencies::new()?, again: Latencies::new()?, answers: 1, rows: 1 };
+        asked.again.record(took);
+        Ok(asked)
+    }
+}
+
+/// Each path once, and then so many requests. One order more than a page holds is read to see whether
+/// there is another page.
 pub(crate) async fn ask(
     connection: &mut Connection,
     address: &Address,
     question: &Question,
     requests: usize,
-) -> anyhow::Result<(Latencies, u64)> {
-    let (mut latencies, mut rows) = (Latencies::new()?, 0);
-    for (turn, path) in question.paths.iter().cycle().take(WARM_UP + requests).enumerate() {
+) -> anyhow::Result<Asked> {
+    let mut asked = Asked { first: Latencies::new()?, again: Latencies::new()?, answers: 0, rows: 0 };
+    let first = question.paths.len().max(WARM_UP);
+    for (turn, path) in question.paths.iter().cycle().take(first + requests).enumerate() {
         let began = Instant::now();
         let answer = get(connection, address, path).await?;
-        if turn >= WARM_UP {
-            latencies.record(began.elapsed());
+        match turn {
+            turn if turn >= first => asked.again.record(began.elapsed()),
+            turn if turn < question.paths.len() => asked.first.record(began.elapsed()),
+            _ => {}
         }
         let listed = serde_json::from_slice::<Vec<serde::de::IgnoredAny>>(&answer.body).map_or(1, |page| page.len());
-        rows += listed as u64 + u64::from(answer.headers.contains_key("link"));
+        asked.answers += 1;
+        asked.rows += listed as u64 + u64::from(answer.headers.contains_key("link"));
     }
-    Ok((latencies, rows))
+    Ok(asked)
 }
 
 pub(crate) async fn get(connection: &mut Connection, address: &Address, path: &str) -> anyhow::Result<Answer> {
@@ -230,18 +254,18 @@ const WHOLE: &str = "whole tables";
 async fn counted(client: &Client) -> anyhow::Result<Scans> {
     let sql = "
         select case when relname like 'order_refs%' then 'refs'
-                    when relname = 'order_states' then 'status'
+                    when relname like 'order\\_states\\_%' then 'status'
                     when indexrelname like '%_pkey' then 'pkey'
                     when indexrelname like '%_p__user_id_%' then 'user_id'
                     when indexrelname like '%_p__created_at_%' then 'created_at' end,
             sum(idx_scan)::bigint
         from pg_stat_user_indexes
-        where relname like 'orders\\_p_' or relname like 'order\\_refs\\_p_' or relname = 'order_states'
+        where relname like 'orders\\_p_' or relname like 'order\\_refs\\_p_' or relname like 'order\\_states\\_%'
         group by 1
         union all
         select 'whole tables', sum(seq_scan)::bigint
         from pg_stat_user_tables
-        where relname like 'orders\\_p_' or relname like 'order\\_refs\\_p_' or relname = 'order_states'";
+        where relname like 'orders\\_p_' or relname like 'order\\_refs\\_p_' or relname like 'order\\_states\\_%'";
     let known = ["refs", "pkey", "user_id", "status", "created_at", WHOLE];
     let rows = client.query(sql, &[]).await.context("asking what was searched")?;
     let mut scans = Scans::new();
@@ -270,7 +294,7 @@ async fn settled(client: &Client) -> anyhow::Result<Scans> {
 }
 
 /// One order is in one partition; a list is one range of one index in each of four; orders in a state
-/// are one range of one index, and each is looked up in its partition.
+/// are one range of one index in each of two, and each is looked up in its partition.
 fn expect(expected: &mut Scans, question: &Question, requests: u64, rows: u64) {
     let mut add = |index, count| *expected.entry(index).or_default() += count;
     match question.index {
@@ -280,7 +304,7 @@ fn expect(expected: &mut Scans, question: &Question, requests: u64, rows: u64) {
             add("pkey", requests);
         }
         "status" => {
-            add("status", requests);
+            add("status", requests * 2);
             add("pkey", rows);
         }
         list => add(list, requests * 4),
@@ -322,7 +346,7 @@ fn render(options: &Options, seen: &[(&'static str, Vec<Latencies>)], scans: &[S
     for (size, scans) in options.sizes.iter().zip(scans) {
         text.push_str(&format!(
             "{size} orders: by id and by external id searched one partition each, lists one index on each of the \
-             four (by state: the one of states, and each order by its id), no table was read whole: {scans:?}\n"
+             four (by state: on each of the two of states, and each order by its id), no table was read whole: {scans:?}\n"
         ));
     }
     let at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();

@@ -195,8 +195,8 @@ async fn tables(client: &Client) -> anyhow::Result<(i64, f64, [i64; 3])> {
         select (select count(*) from outbox),
                pg_total_relation_size('outbox')::float8 / 1048576,
                coalesce(sum(n_dead_tup) filter (where relname = 'outbox'), 0)::bigint,
-               coalesce(sum(n_dead_tup) filter (where relname = 'order_states'), 0)::bigint,
-               coalesce(sum(n_dead_tup) filter (where relname not in ('outbox', 'order_states')), 0)::bigint
+               coalesce(sum(n_dead_tup) filter (where relname like 'order_states%'), 0)::bigint,
+               coalesce(sum(n_dead_tup) filter (where relname <> 'outbox' and relname not like 'order_states%'), 0)::bigint
         from pg_stat_user_tables";
     let row = client.query_one(sql, &[]).await.context("looking at the tables")?;
     Ok((row.try_get(0)?, row.try_get(1)?, [row.try_get(2)?, row.try_get(3)?, row.try_get(4)?]))

@@ -17,3 +17,4 @@ pub mod settings;
 pub mod shutdown;
 pub mod telemetry;
 mod tls;
+pub mod vacuum;

@@ -37,8 +37,6 @@ const DELETE_LIMIT: usize = 4_096;
 /// So long a delivered row waits for others, unless a later message of its order waits for it to
 /// be gone. Nobody else waits for that, and a lone order would pay for a statement of its own.
 const GATHER: Duration = Duration::from_millis(10);
-/// Dead rows that may gather, as in the table's settings for autovacuum.
-const DEAD_ROWS: i64 = 20_000;
 /// Batches whose messages wait for earlier ones; beyond that the sweeper has them.
 const HOLDERS: usize = 64;
 /// How often a held-back message looks whether the earlier one is gone: soon at first, since that
@@ -292,28 +290,6 @@ impl Outbox {
         let oldest = row.get::<_, f64>(1).max(0.0);
         metrics::gauge!("orderstream_outbox_oldest_seconds").set(oldest);
         Ok(Duration::from_secs_f64(oldest))
-    }
-
-    /// Clears the table of dead rows where many have gathered. Autovacuum does so too, but not while
-    /// all its workers have larger tables in hand: for minutes, in which each look at the outbox reads
-    /// past hundreds of thousands. Where the database user does not own the table, PostgreSQL warns
-    /// and does nothing.
-    ///
-    /// # Errors
-    /// When PostgreSQL is away, or takes too long.
-    pub async fn vacuum(&self) -> Result<(), DbError> {
-        const DEAD: &str = "select pg_stat_get_dead_tuples('outbox'::regclass)";
-        let connection = self.db.connection().await?;
-        let work = async {
-            let statement = connection.prepared(DEAD).await?;
-            let dead: i64 = connection.client().query_one(&statement, &[]).await?.get(0);
-            if dead > DEAD_ROWS {
-                // Somebody else may be at it.
-                connection.client().batch_execute("vacuum (skip_locked) outbox").await?;
-            }
-            Ok(())
-        };
-        connection.within(self.db.settings.write_timeout, work).await
     }
 }
 

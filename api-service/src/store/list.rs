@@ -210,7 +210,8 @@ mod tests {
         let of_each_partition =
             |index: &str| (0..4).map(|partition| format!("Backward using orders_p{partition}_{index}_idx")).collect();
         let by_state = (0..4).map(|partition| format!("using orders_p{partition}_pkey"));
-        let by_state = by_state.chain(["Backward using order_states_pkey".to_owned()]).collect();
+        let states = ["first", "later"].map(|which| format!("Backward using order_states_{which}_pkey"));
+        let by_state = by_state.chain(states).collect();
         let statements: [(&str, String, Vec<String>); 3] = [
             (BY_TIME, format!("{bounds}, null, 51"), of_each_partition("created_at_order_id")),
             (BY_STATUS, format!("'rejected', {bounds}, null, 51"), by_state),

@@ -24,6 +24,13 @@ struct Settings {
     kafka: KafkaSettings,
 }
 
+async fn migrated(settings: &DbSettings) -> Db {
+    let pool_settings = Arc::new(settings.pool());
+    let pool = db::pool(&settings.postgres_dsn, "test", &pool_settings, &tokio::runtime::Handle::current()).unwrap();
+    db::migrate(&pool).await.unwrap();
+    Db { pool, settings: pool_settings }
+}
+
 /// An outbox as a binary has it.
 struct Fixture {
     db: TestDb,
@@ -54,13 +61,9 @@ impl Fixture {
         ];
         let args = std::iter::once("test".to_owned()).chain(flags).map(OsString::from);
         let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
-        let pool_settings = Arc::new(settings.db.pool());
-        let pool =
-            db::pool(&settings.db.postgres_dsn, "test", &pool_settings, &tokio::runtime::Handle::current()).unwrap();
-        db::migrate(&pool).await.unwrap();
+        let db = migrated(&settings.db).await;
         ensure_topics(&settings.kafka, &[&settings.kafka.orders_events_topic]).await.unwrap();
         let producer = Producer::new(&settings.kafka).unwrap();
-        let db = Db { pool, settings: pool_settings };
         let (outbox, deleter) = Outbox::new(db, producer, settings.kafka.outbox_grace());
         tokio::spawn(deleter);
         outbox
@@ -105,27 +108,6 @@ impl Fixture {
     async fn left(&self) -> i64 {
         self.db.number("select count(*) from outbox", &[]).await
     }
-}
-
-#[tokio::test]
-async fn dead_rows_are_cleared_away_though_autovacuum_is_busy() {
-    let Fixture { db, outbox, .. } = Fixture::new().await;
-    db.execute("alter table outbox set (autovacuum_enabled = off)").await;
-    db.execute(
-        "insert into outbox (order_id, version, topic, key, headers, body)
-         select gen_random_uuid(), 1, 'none', '', '[]', '' from generate_series(1, 25000)",
-    )
-    .await;
-    db.execute("delete from outbox").await;
-    let vacuumed = || db.number("select pg_stat_get_vacuum_count('outbox'::regclass)", &[]);
-    // PostgreSQL counts what is dead a moment later.
-    eventually("the outbox is vacuumed", || async {
-        outbox.vacuum().await.map_err(|error| error.chain())?;
-        if vacuumed().await == 1 { Ok(()) } else { Err("not yet".to_owned()) }
-    })
-    .await;
-    outbox.vacuum().await.unwrap();
-    assert_eq!(vacuumed().await, 1, "nothing is dead any more");
 }
 
 #[tokio::test(flavor = "multi_thread")]
