@@ -1,5 +1,31 @@
 //! The shared parts on a real PostgreSQL and a real Kafka.
 
+mod migrations;
 mod outbox;
 mod producer;
 mod vacuum;
+
+use std::{ffi::OsString, sync::Arc};
+
+use clap::Parser;
+use shared::{
+    db::{self, Db},
+    settings::{DbSettings, parse_from},
+};
+use test_support::Dsn;
+
+#[derive(Parser)]
+struct Settings {
+    #[command(flatten)]
+    db: DbSettings,
+}
+
+/// As a binary has it.
+fn db_at(dsn: &Dsn) -> Db {
+    let args = ["test".to_owned(), format!("--postgres-dsn={dsn}")].map(OsString::from);
+    let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
+    let pool_settings = Arc::new(settings.db.pool());
+    let runtime = tokio::runtime::Handle::current();
+    let pool = db::pool(&settings.db.postgres_dsn, "test", &pool_settings, &runtime).unwrap();
+    Db { pool, settings: pool_settings }
+}

@@ -6,29 +6,22 @@ use std::{ffi::OsString, sync::Arc, time::Duration};
 use clap::Parser;
 use serde_json::{Value, json};
 use shared::{
-    db::{self, Db},
+    db,
     kafka::{Producer, ensure_topics},
     message::{Headers, Message},
     outbox::{Outbox, Placed},
-    settings::{DbSettings, KafkaSettings, parse_from},
+    settings::{KafkaSettings, parse_from},
 };
 use test_support::{PrivateKafka, TestDb, TestKafka, alone, beside_others, eventually, wait_for};
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::db_at;
+
 #[derive(Parser)]
 struct Settings {
     #[command(flatten)]
-    db: DbSettings,
-    #[command(flatten)]
     kafka: KafkaSettings,
-}
-
-async fn migrated(settings: &DbSettings) -> Db {
-    let pool_settings = Arc::new(settings.pool());
-    let pool = db::pool(&settings.postgres_dsn, "test", &pool_settings, &tokio::runtime::Handle::current()).unwrap();
-    db::migrate(&pool).await.unwrap();
-    Db { pool, settings: pool_settings }
 }
 
 /// An outbox as a binary has it.
@@ -54,14 +47,14 @@ impl Fixture {
 
     async fn outbox(test_db: &TestDb, kafka: &TestKafka) -> Outbox {
         let flags = [
-            format!("--postgres-dsn={}", test_db.dsn()),
             format!("--kafka-brokers={}", kafka.brokers()),
             format!("--orders-events-topic={}", kafka.topics().events),
             "--outbox-grace-ms=7000".to_owned(),
         ];
         let args = std::iter::once("test".to_owned()).chain(flags).map(OsString::from);
         let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
-        let db = migrated(&settings.db).await;
+        let db = db_at(test_db.dsn());
+        db::migrate(&db.pool).await.unwrap();
         ensure_topics(&settings.kafka, &[&settings.kafka.orders_events_topic]).await.unwrap();
         let producer = Producer::new(&settings.kafka).unwrap();
         let (outbox, deleter) = Outbox::new(db, producer, settings.kafka.outbox_grace());

@@ -1,35 +1,15 @@
 //! Tables whose rows die young are cleared without autovacuum, by those who own them.
 
-use std::{ffi::OsString, sync::Arc};
-
-use clap::Parser;
-use shared::{
-    db::{self, Db},
-    settings::{DbSettings, parse_from},
-    vacuum::clear_dead_rows,
-};
+use shared::{db, vacuum::clear_dead_rows};
 use test_support::{TestDb, beside_others, eventually};
 use uuid::Uuid;
 
-#[derive(Parser)]
-struct Settings {
-    #[command(flatten)]
-    db: DbSettings,
-}
-
-fn connect(dsn: &str) -> Db {
-    let args = ["test".to_owned(), format!("--postgres-dsn={dsn}")].map(OsString::from);
-    let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
-    let pool_settings = Arc::new(settings.db.pool());
-    let runtime = tokio::runtime::Handle::current();
-    let pool = db::pool(&settings.db.postgres_dsn, "test", &pool_settings, &runtime).unwrap();
-    Db { pool, settings: pool_settings }
-}
+use crate::db_at;
 
 /// With so many dead rows in both tables, as PostgreSQL has counted them.
 async fn littered(rows: u32) -> TestDb {
     let test_db = TestDb::new().await;
-    db::migrate(&connect(&test_db.dsn().to_string()).pool).await.unwrap();
+    db::migrate(&db_at(test_db.dsn()).pool).await.unwrap();
     let litter = format!(
         "alter table outbox set (autovacuum_enabled = off);
          alter table order_states_first set (autovacuum_enabled = off);
@@ -65,7 +45,7 @@ async fn vacuumed(test_db: &TestDb) -> [i64; 2] {
 async fn dead_rows_are_cleared_away_though_autovacuum_is_busy() {
     let _turn = beside_others().await;
     let test_db = littered(25_000).await;
-    let db = connect(&test_db.dsn().to_string());
+    let db = db_at(test_db.dsn());
     clear_dead_rows(&db).await.unwrap();
     eventually("both are vacuumed", || async {
         let vacuumed = vacuumed(&test_db).await;
@@ -82,9 +62,7 @@ async fn whoever_does_not_own_the_tables_leaves_them_to_autovacuum() {
     let test_db = littered(25_000).await;
     let role = format!("stranger_{}", Uuid::now_v7().simple());
     test_db.execute(&format!("create role {role}")).await;
-    let dsn = test_db.dsn().to_string();
-    let separator = if dsn.contains('?') { '&' } else { '?' };
-    let result = clear_dead_rows(&connect(&format!("{dsn}{separator}options=-c%20role%3D{role}"))).await;
+    let result = clear_dead_rows(&db_at(&test_db.dsn().with_query(&format!("options=-c%20role%3D{role}")))).await;
     test_db.execute(&format!("drop role {role}")).await;
     result.unwrap();
     assert_eq!(vacuumed(&test_db).await, [0, 0]);
