@@ -7,6 +7,7 @@
 //! again, since the commit may have been made: the caller hears so, and may safely repeat.
 
 mod together;
+mod work;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
@@ -17,7 +18,7 @@ use shared::{
     cache::Cache,
     db::{Connection, Db, DbError, Fault},
     lifecycle::Lifecycles,
-    message::{Headers, ReplyTo, now},
+    message::now,
     outbox::{Outbox, Placed},
 };
 use tokio::{
@@ -30,11 +31,10 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use crate::{
-    change::{self, Context, Decided, Expected},
+    change::{self, Context, Decided},
     error::Problem,
     idempotency::Claim,
     orders::Operation,
-    request::{Change, Target},
     store::{
         change as store_change,
         change::ChangedRow,
@@ -71,94 +71,6 @@ const CONTENTION_RETRIES: usize = 5;
 const FULL: Problem = Problem::Unavailable("too many requests are waiting to be stored");
 const SHUTTING_DOWN: Problem = Problem::Unavailable("shutting down");
 
-/// What is to be made durable.
-#[derive(Debug)]
-pub(crate) enum Work {
-    Create(Box<NewRow>),
-    Update(Box<Change>),
-    Delete(Target),
-    Move(Move),
-}
-
-/// An order to be put in another state, by somebody's hand.
-#[derive(Debug)]
-pub(crate) struct Move {
-    pub target: Target,
-    pub to: Destination,
-}
-
-#[derive(Debug)]
-pub(crate) enum Destination {
-    State(String),
-    /// Whatever state its lifecycle has for that.
-    Cancelled,
-}
-
-impl Work {
-    /// The order that is to be changed; a new one is none.
-    pub(crate) fn target(&self) -> Option<&Target> {
-        match self {
-            Self::Create(_) => None,
-            Self::Update(change) => Some(&change.target),
-            Self::Delete(target) => Some(target),
-            Self::Move(change) => Some(&change.target),
-        }
-    }
-
-    pub(crate) const fn operation(&self) -> Operation {
-        match self {
-            Self::Create(_) => Operation::Created,
-            Self::Update(_) => Operation::Updated,
-            Self::Delete(_) => Operation::Deleted,
-            Self::Move(_) => Operation::Moved,
-        }
-    }
-
-    /// User and external id of a new order.
-    fn reference(&self) -> Option<(&str, Option<&str>)> {
-        match self {
-            Self::Create(row) => Some((&row.user_id, row.external_id.as_deref())),
-            Self::Update(_) | Self::Delete(_) | Self::Move(_) => None,
-        }
-    }
-
-    /// About how much memory it holds, at least 1.
-    fn kib(&self) -> u32 {
-        let bytes = match self {
-            Self::Create(row) => 2 * row.event.body.len(),
-            Self::Update(change) => change.fields.bytes(),
-            Self::Delete(_) | Self::Move(_) => 0,
-        };
-        u32::try_from(bytes / 1024).unwrap_or(u32::MAX).saturating_add(1)
-    }
-}
-
-/// Who asked, and where the worker's answer is awaited.
-#[derive(Debug)]
-pub(crate) struct Origin {
-    pub correlation_id: Uuid,
-    pub reply_to: Option<ReplyTo>,
-    /// Trace context of the request.
-    pub trace: Headers,
-    /// What the caller says that the order's version is.
-    pub expected: Option<Expected>,
-    /// The caller's idempotency key.
-    pub claim: Option<Claim>,
-}
-
-/// A change that is durable now.
-#[derive(Debug)]
-pub(crate) enum Written {
-    /// Done, and told by this event.
-    Now { order_id: Uuid, state: Box<change::State> },
-    /// The same order was created before, by this request.
-    Before { order_id: Uuid, correlation_id: Uuid },
-    /// A request with this idempotency key did it before.
-    Repeated(Box<Known>),
-    /// There was nothing left to do.
-    Nothing { order_id: Uuid, state: Box<change::State> },
-}
-
 struct Command {
     work: Work,
     origin: Origin,
@@ -183,6 +95,7 @@ impl Queued {
 }
 
 pub(crate) use together::Stored;
+pub(crate) use work::{Destination, Move, Origin, Work, Written};
 
 /// A handle to the writers.
 #[derive(Clone)]
