@@ -57,17 +57,9 @@ pub struct Echo {
 }
 
 impl Echo {
-    /// The topics, and the process that answers what comes on the first of them.
-    pub async fn start(servers: &Servers, topics: [String; 2]) -> anyhow::Result<Self> {
-        Self::start_with(servers, topics, false).await
-    }
-
-    /// The same with a commit on each side, in the database that `servers` names.
-    pub async fn start_with_commits(servers: &Servers, topics: [String; 2]) -> anyhow::Result<Self> {
-        Self::start_with(servers, topics, true).await
-    }
-
-    async fn start_with(servers: &Servers, [requests, replies]: [String; 2], commits: bool) -> anyhow::Result<Self> {
+    /// The topics, and the process that answers what comes on the first of them. With `commits` each side
+    /// commits a row before it sends, in the database that `servers` names.
+    pub async fn start(servers: &Servers, [requests, replies]: [String; 2], commits: bool) -> anyhow::Result<Self> {
         let topics = Pair { servers: servers.clone(), requests, replies, commits };
         let all = topics.names().map(|name| NewTopic::new(name, PARTITIONS, TopicReplication::Fixed(-1)));
         for made in admin(servers)?.create_topics(&all, &options()).await.context("creating topics")? {

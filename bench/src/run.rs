@@ -70,8 +70,8 @@ async fn measure(options: &Options, ground: &Ground) -> anyhow::Result<Report> {
     pgbench::make_tables(database).await?;
     let servers = Servers { postgres_dsn: database.dsn().to_owned(), ..ground.servers.clone() };
     let bare = Ceiling {
-        echo: Echo::start(&servers, ground.topics.echo.clone()).await?,
-        chain: Echo::start_with_commits(&servers, ground.topics.chain.clone()).await?,
+        echo: Echo::start(&servers, ground.topics.echo.clone(), false).await?,
+        chain: Echo::start(&servers, ground.topics.chain.clone(), true).await?,
         http: Bare::start().await?,
     };
 
