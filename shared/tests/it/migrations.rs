@@ -1,7 +1,10 @@
 //! Migrations that find orders, and others at work.
 
+use shared::db;
 use test_support::{TestDb, beside_others};
 use uuid::Uuid;
+
+use crate::db_at;
 
 const BEFORE_STATES: [&str; 7] = [
     include_str!("../../../migrations/V1__orders.sql"),
@@ -50,4 +53,17 @@ async fn states_move_into_their_new_table_while_orders_are_read_and_who_might_us
     test_db.execute("update orders set status = 'rejected', version = 3 where order_id in (select order_id from orders limit 5)").await;
     assert_eq!(listed(&test_db).await, ["false done 25", "false rejected 5"]);
     test_db.execute(&format!("reset role; drop owned by {role}; drop role {role}")).await;
+}
+
+#[tokio::test]
+async fn no_table_that_grows_with_orders_has_its_statistics_made_anew_for_every_tenth() {
+    let _turn = beside_others().await;
+    let test_db = TestDb::new().await;
+    db::migrate(&db_at(test_db.dsn()).pool).await.unwrap();
+    let eager = "
+        select relname::text from pg_class
+        where relkind = 'r' and relnamespace = 'public'::regnamespace
+          and relname not in ('parked_messages', 'refinery_schema_history')
+          and not coalesce(reloptions::text ~ 'analyze_scale_factor=1|analyze_threshold=1000000', false)";
+    assert_eq!(test_db.lines(eager, &[]).await, [""; 0]);
 }
