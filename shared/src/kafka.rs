@@ -113,50 +113,70 @@ pub fn client_config(settings: &KafkaSettings, own: &[(&str, &str)]) -> ClientCo
     config
 }
 
-/// Sends without ever waiting, and is made anew when librdkafka gives up on it for good.
+/// How long a message may wait for others that go to the same partition. Each partition that is written
+/// takes a request, and wakes those who read it: under load fewer and larger ones are worth waiting for.
+///
+/// A message may overtake one that was sent before it with another pace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Not at all: even 0.2 ms costs a lone order more than a millisecond, for its event and again for
+    /// its answer.
+    Prompt,
+    /// 2 ms: until those that are sent with it have followed.
+    Gathered,
+    /// 20 ms: until the next few batches have followed.
+    Patient,
+}
+
+impl Pace {
+    const ALL: [Self; 3] = [Self::Prompt, Self::Gathered, Self::Patient];
+
+    /// For messages that are sent together; does a client wait for what becomes of one of them?
+    #[must_use]
+    pub const fn of(messages: usize, is_awaited: bool) -> Self {
+        match (messages, is_awaited) {
+            (32.., true) => Self::Gathered,
+            (8.., false) => Self::Patient,
+            _ => Self::Prompt,
+        }
+    }
+
+    const fn linger_ms(self) -> &'static str {
+        match self {
+            Self::Prompt => "0",
+            Self::Gathered => "2",
+            Self::Patient => "20",
+        }
+    }
+}
+
+/// Sends without ever waiting, by one client of librdkafka for each [`Pace`].
 #[derive(Clone)]
 pub struct Producer {
-    config: ClientConfig,
     context: Context,
-    current: Arc<RwLock<FutureProducer<Context>>>,
+    /// In the order of [`Pace::ALL`].
+    clients: Arc<[Client]>,
+}
+
+/// Made anew when librdkafka gives up on it for good.
+struct Client {
+    config: ClientConfig,
+    current: RwLock<FutureProducer<Context>>,
 }
 
 impl Producer {
     /// # Errors
     /// When a property in `KAFKA_CONFIG` is unknown or wrong.
     pub fn new(settings: &KafkaSettings) -> anyhow::Result<Self> {
-        let message_timeout = MESSAGE_TIMEOUT.as_millis().to_string();
-        let config = client_config(
-            settings,
-            &[
-                ("enable.idempotence", "true"),
-                ("acks", "all"),
-                ("message.timeout.ms", &message_timeout),
-                // Even 0.2 costs a lone order more than a millisecond, for its event and again for its
-                // answer, and gains nothing under load (docs/performance.md).
-                ("linger.ms", "0"),
-                // Topics are made by `ensure_topics`, with as many partitions as they should have.
-                ("allow.auto.create.topics", "false"),
-                // So that a message for one that is not there fails for that reason, rather than by
-                // running out of time like those of a broker that is away.
-                ("topic.metadata.propagation.max.ms", "3000"),
-                // What does not fit stays in the outbox. Bounds the memory of an outage.
-                ("queue.buffering.max.kbytes", "32768"),
-            ],
-        );
         let context = Context::default();
-        let producer = config.create_with_context(context.clone()).context("KAFKA_CONFIG")?;
-        Ok(Self { config, context, current: Arc::new(RwLock::new(producer)) })
+        let clients = Pace::ALL.into_iter().map(|pace| Client::new(settings, pace, &context));
+        Ok(Self { clients: clients.collect::<anyhow::Result<_>>()?, context })
     }
 
     /// Was the broker there when we last looked?
     #[must_use]
     pub fn is_away(&self) -> bool {
         self.context.is_away()
-    }
-
-    fn current(&self) -> FutureProducer<Context> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Queues a record. The result is the future of its delivery, or why it was not queued.
@@ -166,6 +186,7 @@ impl Producer {
     /// librdkafka refuses at once, such as a record that is too large.
     pub fn send(
         &self,
+        pace: Pace,
         topic: &str,
         partition: Option<i32>,
         key: &str,
@@ -174,10 +195,10 @@ impl Producer {
     ) -> Result<DeliveryFuture, KafkaError> {
         let mut record = FutureRecord::to(topic).key(key).payload(body).headers(headers.to_record());
         record.partition = partition;
-        self.current().send_result(record).map_err(|(error, _)| error)
+        self.clients[pace as usize].current().send_result(record).map_err(|(error, _)| error)
     }
 
-    /// Waits for one delivery. After a fatal error the next message goes out by a new producer.
+    /// Waits for one delivery. After a fatal error the next message goes out by a new client.
     ///
     /// # Errors
     /// Why the broker does not have it, as far as we know.
@@ -193,39 +214,25 @@ impl Producer {
         };
         match &result {
             Ok(()) => self.context.is_back(),
-            Err(_) => self.replace_if_fatal(),
+            Err(_) => self.clients.iter().for_each(|client| client.replace_if_fatal(&self.context)),
         }
         result
     }
 
-    fn replace_if_fatal(&self) {
-        let Some((code, reason)) = self.current().client().fatal_error() else { return };
-        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-        if current.client().fatal_error().is_none() {
-            return; // somebody else was quicker
-        }
-        tracing::error!(code = %code, reason, "the Kafka producer failed for good; making a new one");
-        metrics::counter!("orderstream_producer_replaced_total").increment(1);
-        match self.config.create_with_context(self.context.clone()) {
-            Ok(producer) => {
-                let old = std::mem::replace(&mut *current, producer);
-                // Its end purges and waits.
-                tokio::task::spawn_blocking(move || drop(old));
-            }
-            Err(error) => tracing::error!(error = %error, "cannot make a Kafka producer"),
-        }
-    }
-
-    /// Asks the broker for a topic's metadata, which also opens the connection.
+    /// Asks the broker for a topic's metadata, which also opens the connections.
     ///
     /// # Errors
     /// When no broker answers, or it does not know the topic.
     pub async fn partitions(&self, topic: &str) -> anyhow::Result<i32> {
-        let producer = self.current();
+        let clients: Vec<_> = self.clients.iter().map(Client::current).collect();
         let name = topic.to_owned();
         let count = tokio::task::spawn_blocking(move || -> anyhow::Result<i32> {
-            let metadata = producer.client().fetch_metadata(Some(&name), ADMIN_TIMEOUT)?;
-            Ok(metadata.topics().first().map_or(0, |topic| i32::try_from(topic.partitions().len()).unwrap_or(0)))
+            let mut count = 0;
+            for client in clients {
+                let metadata = client.client().fetch_metadata(Some(&name), ADMIN_TIMEOUT)?;
+                count = metadata.topics().first().map_or(0, |topic| topic.partitions().len());
+            }
+            Ok(i32::try_from(count).unwrap_or(0))
         });
         match count.await?.with_context(|| format!("asking Kafka for topic {topic}"))? {
             0 => bail!("Kafka does not know topic {topic}"),
@@ -233,6 +240,52 @@ impl Producer {
                 self.context.is_back();
                 Ok(count)
             }
+        }
+    }
+}
+
+impl Client {
+    fn new(settings: &KafkaSettings, pace: Pace, context: &Context) -> anyhow::Result<Self> {
+        let message_timeout = MESSAGE_TIMEOUT.as_millis().to_string();
+        let config = client_config(
+            settings,
+            &[
+                ("enable.idempotence", "true"),
+                ("acks", "all"),
+                ("message.timeout.ms", &message_timeout),
+                ("linger.ms", pace.linger_ms()),
+                // Topics are made by `ensure_topics`, with as many partitions as they should have.
+                ("allow.auto.create.topics", "false"),
+                // So that a message for one that is not there fails for that reason, rather than by
+                // running out of time like those of a broker that is away.
+                ("topic.metadata.propagation.max.ms", "3000"),
+                // What does not fit stays in the outbox. Bounds the memory of an outage.
+                ("queue.buffering.max.kbytes", "32768"),
+            ],
+        );
+        let producer = config.create_with_context(context.clone()).context("KAFKA_CONFIG")?;
+        Ok(Self { config, current: RwLock::new(producer) })
+    }
+
+    fn current(&self) -> FutureProducer<Context> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn replace_if_fatal(&self, context: &Context) {
+        let Some((code, reason)) = self.current().client().fatal_error() else { return };
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        if current.client().fatal_error().is_none() {
+            return; // somebody else was quicker
+        }
+        tracing::error!(code = %code, reason, "the Kafka producer failed for good; making a new one");
+        metrics::counter!("orderstream_producer_replaced_total").increment(1);
+        match self.config.create_with_context(context.clone()) {
+            Ok(producer) => {
+                let old = std::mem::replace(&mut *current, producer);
+                // Its end purges and waits.
+                tokio::task::spawn_blocking(move || drop(old));
+            }
+            Err(error) => tracing::error!(error = %error, "cannot make a Kafka producer"),
         }
     }
 }
@@ -335,4 +388,17 @@ async fn copies_by_topic(admin: &Arc<AdminClient<Context>>) -> anyhow::Result<Ha
         Ok(metadata.topics().iter().map(|topic| (topic.name().to_owned(), copies(topic))).collect())
     })
     .await?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pace;
+
+    #[test]
+    fn a_few_messages_are_sent_at_once_and_many_with_others_the_later_if_nobody_waits() {
+        let paces = |is_awaited| [1, 7, 8, 31, 32, 1_000].map(|messages| Pace::of(messages, is_awaited));
+        use Pace::{Gathered, Patient, Prompt};
+        assert_eq!(paces(true), [Prompt, Prompt, Prompt, Prompt, Gathered, Gathered]);
+        assert_eq!(paces(false), [Prompt, Prompt, Patient, Patient, Patient, Patient]);
+    }
 }

@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::{
     backoff::Backoff,
     db::{Connection, Db, DbError},
-    kafka::{MESSAGE_TIMEOUT, Producer, is_refused},
+    kafka::{MESSAGE_TIMEOUT, Pace, Producer, is_refused},
     message::Message,
 };
 
@@ -226,10 +226,12 @@ impl Outbox {
     }
 
     fn send(&self, messages: Vec<Placed>) {
+        let is_awaited = messages.iter().any(|placed| placed.message.headers.reply_to().is_some());
+        let pace = Pace::of(messages.len(), is_awaited);
         let mut deliveries = Vec::with_capacity(messages.len());
         for placed in messages {
             let Message { topic, key, headers, body, .. } = &*placed.message;
-            match self.producer.send(topic, None, key, headers, body) {
+            match self.producer.send(pace, topic, None, key, headers, body) {
                 Ok(delivery) => deliveries.push((placed, delivery)),
                 Err(error) => self.not_sent(placed.message, &error),
             }

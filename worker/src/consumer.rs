@@ -19,7 +19,7 @@ use rdkafka::{
 use shared::{
     backoff::Backoff,
     db::{DbError, Fault, writable},
-    kafka::{Context, Producer, client_config},
+    kafka::{Context, Pace, Producer, client_config},
     settings::KafkaSettings,
 };
 use tokio::{sync::mpsc, time::Instant};
@@ -270,9 +270,10 @@ impl Worker {
     /// Sends the answers; when they are delivered the records are marked as read.
     async fn settle(&mut self, part: &[Record], replies: Vec<Reply>) -> anyhow::Result<()> {
         let mut answers = Vec::with_capacity(replies.len());
+        let pace = Pace::of(replies.len(), true);
         for reply in replies {
             let Reply { to, key, headers, body } = reply;
-            match self.producer.send(&to.topic, Some(to.partition), &key, &headers, &body) {
+            match self.producer.send(pace, &to.topic, Some(to.partition), &key, &headers, &body) {
                 Ok(delivery) => answers.push(delivery),
                 // Whoever waits looks into the database when its time is up.
                 Err(error) => not_answered(&error),

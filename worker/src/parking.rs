@@ -7,6 +7,7 @@ use futures_util::{StreamExt as _, stream};
 use shared::{
     backoff::Backoff,
     db::{Connection, DbError, Fault},
+    kafka::Pace,
     message::{Message, now},
     outbox::Placed,
     parked::{Kind, State, release_next},
@@ -141,7 +142,7 @@ impl Parking {
     fn answer(&self, replies: Vec<Reply>) {
         for Reply { to, key, headers, body } in replies {
             let producer = self.handler.outbox.producer();
-            if let Err(error) = producer.send(&to.topic, Some(to.partition), &key, &headers, &body) {
+            if let Err(error) = producer.send(Pace::Prompt, &to.topic, Some(to.partition), &key, &headers, &body) {
                 tracing::debug!(%error, "an answer was not sent");
             }
         }

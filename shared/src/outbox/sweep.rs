@@ -18,7 +18,7 @@ use super::{Outbox, delete_in, insert_parked};
 use crate::{
     backoff::Backoff,
     db::{Connection, DbError},
-    kafka::{is_of_topic, is_refused},
+    kafka::{Pace, is_of_topic, is_refused},
     message::{Headers, Message},
 };
 
@@ -137,7 +137,8 @@ impl Outbox {
     }
 
     async fn resend(&self, message: Message) -> (Message, Result<(), KafkaError>) {
-        let queued = self.producer.send(&message.topic, None, &message.key, &message.headers, &message.body);
+        let queued =
+            self.producer.send(Pace::Prompt, &message.topic, None, &message.key, &message.headers, &message.body);
         let result = match queued {
             Ok(delivery) => self.producer.delivered(delivery).await,
             Err(error) => Err(error),

@@ -7,7 +7,7 @@ use clap::Parser;
 use serde_json::{Value, json};
 use shared::{
     db,
-    kafka::{Producer, ensure_topics},
+    kafka::{Pace, Producer, ensure_topics},
     message::{Headers, Message},
     outbox::{Outbox, Placed},
     settings::{KafkaSettings, parse_from},
@@ -117,6 +117,23 @@ async fn a_thousand_messages_of_one_order_are_swept_at_once_and_in_their_order()
     }
     assert!(sweeps <= 5, "{sweeps} sweeps");
     assert_eq!(fixture.sent(order_id).await, (1..=1_000).collect::<Vec<_>>());
+}
+
+/// Many messages that nobody waits for are sent with others, a single one at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_is_sent_at_once_does_not_overtake_a_creation_that_waits_for_others() {
+    let _turn = beside_others().await;
+    let fixture = Fixture::new().await;
+    let order_id = Uuid::now_v7();
+    let mut created = vec![fixture.store(fixture.message(order_id, 1), Duration::ZERO).await];
+    for _ in 0..20 {
+        created.push(fixture.store(fixture.message(Uuid::now_v7(), 1), Duration::ZERO).await);
+    }
+    let changed = fixture.store(fixture.message(order_id, 2), Duration::ZERO).await;
+    assert_eq!(Pace::of(created.len(), false), Pace::Patient);
+    fixture.outbox.publish(created, Instant::now());
+    fixture.outbox.publish(vec![changed], Instant::now());
+    fixture.becomes(order_id, &[1, 2]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,7 +10,7 @@ use rdkafka::{
     types::{RDKafkaApiKey, RDKafkaRespErr},
 };
 use shared::{
-    kafka::Producer,
+    kafka::{Pace, Producer},
     message::Headers,
     settings::{KafkaSettings, parse_from},
 };
@@ -35,7 +35,7 @@ async fn a_message_that_librdkafka_only_believes_delivered_does_not_count() {
     producer.partitions("events").await.unwrap();
     cluster.broker_round_trip_time(1, Duration::from_millis(200)).unwrap();
     cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION]);
-    let send = |body: &str| producer.send("events", None, "key", &Headers::default(), body).unwrap();
+    let send = |body: &str| producer.send(Pace::Prompt, "events", None, "key", &Headers::default(), body).unwrap();
     let (first, second) = (send("first"), send("second"));
     let delivered = [producer.delivered(first).await.is_ok(), producer.delivered(second).await.is_ok()];
     let counted = i64::try_from(delivered.iter().filter(|delivered| **delivered).count()).unwrap();
@@ -56,15 +56,17 @@ async fn after_a_fatal_error_the_next_message_goes_out_by_a_new_producer() {
     let args = ["test", &format!("--kafka-brokers={}", cluster.bootstrap_servers())].map(OsString::from);
     let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
     let producer = Producer::new(&settings.kafka).unwrap();
-    let send = async |body: &str| {
-        let delivery = producer.send("events", None, "key", &Headers::default(), body).map_err(|e| e.to_string())?;
-        producer.delivered(delivery).await.map_err(|error| error.to_string())
-    };
-    send("before").await.unwrap();
+    for pace in [Pace::Prompt, Pace::Gathered, Pace::Patient] {
+        let send = async |body: &str| {
+            let delivery = producer.send(pace, "events", None, "key", &Headers::default(), body);
+            producer.delivered(delivery.map_err(|e| e.to_string())?).await.map_err(|error| error.to_string())
+        };
+        send("before").await.unwrap();
 
-    // The broker lost the sequence of an idempotent producer: librdkafka gives up for good.
-    let fatal = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER];
-    cluster.request_errors(RDKafkaApiKey::Produce, &fatal);
-    send("lost").await.unwrap_err();
-    wait_for("a delivery by the new producer", Duration::from_secs(20), || send("after")).await;
+        // The broker lost the sequence of an idempotent producer: librdkafka gives up for good.
+        let fatal = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER];
+        cluster.request_errors(RDKafkaApiKey::Produce, &fatal);
+        send("lost").await.unwrap_err();
+        wait_for("a delivery by the new producer", Duration::from_secs(20), || send("after")).await;
+    }
 }
