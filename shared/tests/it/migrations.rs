@@ -67,3 +67,21 @@ async fn no_table_that_grows_with_orders_has_its_statistics_made_anew_for_every_
           and not coalesce(reloptions::text ~ 'analyze_scale_factor=1|analyze_threshold=1000000', false)";
     assert_eq!(test_db.lines(eager, &[]).await, [""; 0]);
 }
+
+#[tokio::test]
+async fn no_table_that_grows_with_orders_is_vacuumed_the_later_the_more_there_are() {
+    let _turn = beside_others().await;
+    let test_db = TestDb::new().await;
+    db::migrate(&db_at(test_db.dsn()).pool).await.unwrap();
+    // The scale factors count only in these two ways: what has died, and what was added.
+    let late = "
+        select relname::text from pg_class
+        where relkind = 'r' and relnamespace = 'public'::regnamespace
+          and relname not in ('parked_messages', 'idempotency_keys', 'refinery_schema_history')
+          and not coalesce(case
+              when relname like 'orders_p%' then reloptions::text ~ 'vacuum_scale_factor=0,' and reloptions::text ~ 'insert_scale_factor=0,'
+              when relname in ('outbox', 'order_states_first') then reloptions::text ~ 'vacuum_scale_factor=0,'
+              else reloptions::text ~ 'insert_scale_factor=0,'
+          end, false)";
+    assert_eq!(test_db.lines(late, &[]).await, [""; 0]);
+}
