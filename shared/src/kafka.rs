@@ -259,7 +259,7 @@ impl Client {
                 // So that a message for one that is not there fails for that reason, rather than by
                 // running out of time like those of a broker that is away.
                 ("topic.metadata.propagation.max.ms", "3000"),
-                // What does not fit stays in the outbox. Bounds the memory of an outage.
+                // What does not fit stays in the outbox. Bounds the memory of an outage, for each client.
                 ("queue.buffering.max.kbytes", "32768"),
             ],
         );
