@@ -1,5 +1,6 @@
 //! One keep-alive HTTP/1.1 connection, with nothing between the caller and hyper: no pool and no
-//! redirects, so that what is measured is the service.
+//! redirects, so that what is measured is the service. Like every client that keeps connections, it
+//! opens one anew that the server closed while nobody used it (RFC 9112, section 9.5).
 
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ pub struct Answer {
 
 pub struct Connection {
     sender: SendRequest<Full<Bytes>>,
-    host_header: HeaderValue,
+    address: Address,
 }
 
 impl Address {
@@ -72,6 +73,10 @@ impl Address {
 
 impl Connection {
     pub async fn open(address: &Address) -> anyhow::Result<Self> {
+        Ok(Self { sender: Self::connect(address).await?, address: address.clone() })
+    }
+
+    async fn connect(address: &Address) -> anyhow::Result<SendRequest<Full<Bytes>>> {
         let connecting = TcpStream::connect(&address.authority);
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
             .await
@@ -80,14 +85,14 @@ impl Connection {
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.context("HTTP handshake")?;
         // Ends with the sender. Its error also reaches whoever waits for an answer.
         tokio::spawn(async move { drop(connection.await) });
-        Ok(Self { sender, host_header: address.host_header.clone() })
+        Ok(sender)
     }
 
-    pub async fn get(&mut self, path: Uri) -> hyper::Result<Answer> {
+    pub async fn get(&mut self, path: Uri) -> anyhow::Result<Answer> {
         self.send(Method::GET, path, None, Bytes::new()).await
     }
 
-    pub async fn post_json(&mut self, path: Uri, prefer: HeaderValue, body: Bytes) -> hyper::Result<Answer> {
+    pub async fn post_json(&mut self, path: Uri, prefer: HeaderValue, body: Bytes) -> anyhow::Result<Answer> {
         self.send(Method::POST, path, Some(prefer), body).await
     }
 
@@ -97,18 +102,32 @@ impl Connection {
         path: Uri,
         prefer: Option<HeaderValue>,
         body: Bytes,
-    ) -> hyper::Result<Answer> {
+    ) -> anyhow::Result<Answer> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.uri_mut() = path;
         let headers = request.headers_mut();
-        headers.insert(HOST, self.host_header.clone());
+        headers.insert(HOST, self.address.host_header.clone());
         if let Some(prefer) = prefer {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
             headers.insert(PREFER, prefer);
         }
-        self.sender.ready().await?;
-        let (head, body) = self.sender.send_request(request).await?.into_parts();
+        let mut is_new = false;
+        let response = loop {
+            if self.sender.ready().await.is_err() {
+                self.sender = Self::connect(&self.address).await.context("connecting again")?;
+                is_new = true;
+            }
+            match self.sender.try_send_request(request).await {
+                Ok(response) => break response,
+                // Closed at this very moment: nothing of it was sent, so it may be sent again.
+                Err(mut error) => match error.take_message() {
+                    Some(unsent) if !is_new => request = unsent,
+                    _ => return Err(error.into_error().into()),
+                },
+            }
+        };
+        let (head, body) = response.into_parts();
         let body = body.collect().await?.to_bytes();
         Ok(Answer { status: head.status, headers: head.headers, body })
     }
@@ -116,7 +135,10 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
+    use test_support::stand_in::{respond, serve};
+
     use super::*;
+    use hyper::header::CONNECTION;
 
     #[test]
     fn an_address_keeps_the_path_of_a_gateway() {
@@ -130,6 +152,20 @@ mod tests {
         for (url, says) in [("localhost:8080", "http://host:port"), ("https://a", "https://"), ("", "not a URL")] {
             let error = Address::parse(url).expect_err(url);
             assert!(format!("{error:#}").contains(says), "{url:?} gave {error:#}");
+        }
+    }
+    #[tokio::test]
+    async fn a_connection_that_was_closed_while_idle_is_opened_again() {
+        let url = serve(|_| {
+            let mut answer = respond(200, "{}");
+            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            answer
+        });
+        let address = Address::parse(&url.await).expect("an address");
+        let mut connection = Connection::open(&address).await.expect("a connection");
+        for _ in 0..20 {
+            let answer = connection.get(address.path("/").expect("a path")).await.expect("an answer");
+            assert_eq!(answer.status, StatusCode::OK);
         }
     }
 }
