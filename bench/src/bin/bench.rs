@@ -18,6 +18,10 @@ use bench::sustain;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// What the load generator needs of the machine is not the service's to have.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Measures the service beside pgbench on the same PostgreSQL, in one run on one machine.
 ///
 /// Starts the release binaries that stand beside this program, on a database, topics and ports of
