@@ -3,7 +3,12 @@
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use test_support::{HttpClient, Method, Reply, System, beside_others, eventually, order};
+use serde_json::{Value, json};
+use test_support::{Accepted, CommitGate, HttpClient, Method, Reply, System, alone, beside_others, eventually, order};
+use tokio::task::JoinSet;
+use tonic::Code;
+
+use crate::grpc::{channel, proto::orders::service::v1::orders_service_client::OrdersServiceClient, upsert, with};
 
 async fn send(http: &HttpClient, method: Method, path: &str, headers: &[(&str, &str)]) -> Reply {
     let reply = http.send(method.clone(), path, headers, Bytes::new()).await;
@@ -188,4 +193,56 @@ async fn headers_without_measure_are_refused() {
         assert_eq!(reply.status, 431, "{}", reply.summary());
     }
     api.assert_healthy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_new_orders_find_no_place_they_are_refused_at_once_and_changes_are_not() {
+    /// What one connection of gRPC has under way; of these so many are more than may wait.
+    const STREAMS: usize = 1000;
+    const CONNECTIONS: usize = 6;
+    let _turn = alone().await;
+    let mut system = System::new().await;
+    system.set("DB_WRITE_TIMEOUT", "60s");
+    let api = system.api().await;
+    let http = api.http();
+    let known = http.post_order_async(&order("user")).await.expect_status(201);
+    let gate = CommitGate::install(&system.db, "order_events", "new.type = 'order.created'").await;
+    gate.close().await;
+
+    let mut waiting = JoinSet::new();
+    for _ in 0..CONNECTIONS {
+        let orders = OrdersServiceClient::new(channel(&api).await);
+        for n in 0..STREAMS {
+            let mut orders = orders.clone();
+            let new = with(upsert("", &format!("user-{n}"), "", &Value::Null), &[("prefer", "respond-async")]);
+            waiting.spawn(async move { orders.upsert_order(new).await });
+        }
+    }
+    // Whoever is answered while the gate is closed is refused.
+    let refused = waiting.join_next().await.expect("one of them").expect("no panic").expect_err("no place");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+    let new = order("user");
+    let named = json!({ "order_id": null, "user_id": "user" });
+    for new in [&new, &named] {
+        let refused = http.post_order_async(new).await.expect_status(503);
+        assert_eq!(refused.problem(), "unavailable");
+        assert!(refused.header("retry-after").is_some(), "{}", refused.summary());
+    }
+    let change = json!({ "order_id": known.text("order_id"), "notes": "changed" });
+    let changed = http.post_order_async(&change).await.expect_status(200);
+    assert_eq!(changed.number("version"), 2);
+
+    gate.open().await;
+    let mut accepted = vec![Accepted::from(&known), Accepted::from(&changed)];
+    let mut stored = 1;
+    while let Some(ended) = waiting.join_next().await {
+        match ended.expect("no panic") {
+            Ok(_) => stored += 1,
+            Err(refused) => assert_eq!(refused.code(), Code::Unavailable, "{refused:?}"),
+        }
+    }
+    assert_eq!(system.db.number("select count(*) from orders", &[]).await, stored);
+    accepted.push(Accepted::from(&http.post_order_async(&new).await.expect_status(201)));
+    let _worker = system.worker().await;
+    system.ledger().check(accepted).await;
 }
