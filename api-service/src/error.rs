@@ -100,7 +100,9 @@ impl From<DbError> for Problem {
             (DbError::Refused(_), Fault::Data) => {
                 Self::Invalid(vec![Violation::new("", "PostgreSQL refuses to store this")])
             }
-            (DbError::Refused(_), Fault::Locked) => Self::Unavailable("somebody keeps this order locked"),
+            (DbError::Refused(_), Fault::Locked) => {
+                Self::Unavailable("somebody else keeps locked what this would change")
+            }
             (DbError::Refused(_), _) => Self::Unavailable("the database refuses to work"),
             (DbError::Away(_), _) => Self::Unavailable("the database is away; nothing was stored"),
             (DbError::Lost(_), _) => Self::Unavailable(

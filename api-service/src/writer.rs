@@ -258,9 +258,10 @@ impl Task {
     async fn write_all(&self, mut batch: Vec<Command>) {
         batch.sort_by(|one, other| one.work.reference().cmp(&other.work.reference()));
         let mut parts = vec![batch];
+        let mut is_patient = true;
         while let Some(part) = parts.pop() {
             let started = Instant::now();
-            let result = self.write_part(&part).await;
+            let result = self.write_part(&part, is_patient).await;
             metrics::histogram!("orderstream_commit_seconds").record(started.elapsed().as_secs_f64());
             match result {
                 Ok(results) => {
@@ -272,6 +273,8 @@ impl Task {
                 Err(error)
                     if matches!(error.fault(), Fault::Data | Fault::Internal | Fault::Locked) && part.len() > 1 =>
                 {
+                    // The others have waited long enough for what somebody keeps locked.
+                    is_patient &= error.fault() != Fault::Locked;
                     let mut first = part;
                     let second = first.split_off(first.len() / 2);
                     parts.extend([second, first]);
@@ -286,12 +289,21 @@ impl Task {
         }
     }
 
-    async fn write_part(&self, part: &[Command]) -> Result<Vec<Result<Written, Problem>>, DbError> {
+    async fn write_part(&self, part: &[Command], is_patient: bool) -> Result<Vec<Result<Written, Problem>>, DbError> {
         let connection = self.db.connection().await?;
+        let writing = self.write_on(&connection, part);
+        if is_patient { writing.await } else { connection.impatiently(self.db.settings.write_timeout, writing).await }
+    }
+
+    async fn write_on(
+        &self,
+        connection: &Connection,
+        part: &[Command],
+    ) -> Result<Vec<Result<Written, Problem>>, DbError> {
         let creates = matches!(part.first().map(|command| &command.work), Some(Work::Create(_)));
         for _ in 0..CONTENTION_RETRIES {
             let result =
-                if creates { self.create(&connection, part).await } else { self.change(&connection, part).await };
+                if creates { self.create(connection, part).await } else { self.change(connection, part).await };
             match result {
                 Err(error) if error.fault() == Fault::Contention => {
                     metrics::counter!("orderstream_write_contention_total").increment(1);

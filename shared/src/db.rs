@@ -30,6 +30,8 @@ mod migrations {
 /// Any number; the same for all versions of both binaries. The second half of the key is the
 /// schema, so that two installations in one database do not wait for each other.
 const MIGRATION_LOCK: i32 = 0x6f72_6401;
+/// Long enough for whoever has only just got the lock to let go of it.
+const IMPATIENT: Duration = Duration::from_millis(50);
 
 /// How the pool is sized and how long it waits.
 #[derive(Clone, Debug)]
@@ -163,6 +165,8 @@ pub type Pool = bb8::Pool<Manager>;
 pub struct Connection {
     client: Client,
     statements: Mutex<HashMap<&'static str, Statement>>,
+    /// How long its statements wait for a lock.
+    lock_timeout: Duration,
     /// A call ran out of time: its answer may still come, so nobody else may ask here.
     silent: AtomicBool,
 }
@@ -232,6 +236,31 @@ impl Connection {
     }
 }
 
+impl Connection {
+    /// Runs `work` so that its statements hardly wait for a lock that somebody keeps: for whoever has waited
+    /// for it in vain, and looks for what can be done without.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`DbError::Lost`] when the server does not answer by `deadline`.
+    pub async fn impatiently<T>(
+        &self,
+        deadline: Duration,
+        work: impl Future<Output = Result<T, DbError>>,
+    ) -> Result<T, DbError> {
+        let guard = Unanswered(&self.silent);
+        self.within(deadline, self.wait_for_locks(IMPATIENT)).await?;
+        let result = work.await;
+        if self.within(deadline, self.wait_for_locks(self.lock_timeout)).await.is_ok() {
+            guard.answered(); // fit for others
+        }
+        result
+    }
+
+    async fn wait_for_locks(&self, at_most: Duration) -> Result<(), DbError> {
+        Ok(self.client.batch_execute(&format!("set lock_timeout = {}", at_most.as_millis())).await?)
+    }
+}
+
 /// Marks the connection when the work is given up, whether its time is up or its caller left.
 struct Unanswered<'a>(&'a AtomicBool);
 
@@ -252,6 +281,7 @@ impl Drop for Unanswered<'_> {
 pub struct Manager {
     inner: PostgresConnectionManager<MakeRustlsConnect>,
     set_up: String,
+    lock_timeout: Duration,
     /// Where what the connections say is read.
     runtime: Handle,
     /// For people: hosts, ports, database and user.
@@ -282,7 +312,8 @@ impl ManageConnection for Manager {
 
     async fn connect(&self) -> Result<Connection, ConnectError> {
         let client = self.client().await.map_err(|error| self.error(error))?;
-        Ok(Connection { client, statements: Mutex::default(), silent: AtomicBool::new(false) })
+        let (lock_timeout, silent) = (self.lock_timeout, AtomicBool::new(false));
+        Ok(Connection { client, statements: Mutex::default(), lock_timeout, silent })
     }
 
     async fn is_valid(&self, connection: &mut Connection) -> Result<(), ConnectError> {
@@ -312,19 +343,21 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings, runtime: &Han
         config.connect_timeout(settings.query_timeout);
     }
     config.keepalives_idle(Duration::from_secs(30));
-    // statement_timeout: what we no longer wait for should not go on holding locks either.
+    // Well before all that is in the same statement runs out of time.
+    let lock_timeout = settings.write_timeout / 3;
+    // statement_timeout: what we no longer wait for should not go on holding locks either; nor should a
+    // transaction whose process is frozen, or out of reach: others wait for its locks.
     // The plans: our statements join a handful of ids with an index. Prepared while the tables
     // are still empty, the planner would choose to read them whole, and keep to that as they grow.
     let set_up = format!(
-        "set statement_timeout = {}; set lock_timeout = {}; set enable_seqscan = off; set enable_hashjoin = off; \
-         set enable_mergejoin = off; set plan_cache_mode = force_generic_plan; set jit = off",
+        "set statement_timeout = {0}; set idle_in_transaction_session_timeout = {0}; set lock_timeout = {1}; \
+         set enable_seqscan = off; set enable_hashjoin = off; set enable_mergejoin = off; set plan_cache_mode = force_generic_plan; set jit = off",
         settings.write_timeout.as_millis(),
-        // Well before all that is in the same statement runs out of time.
-        (settings.write_timeout / 3).as_millis()
+        lock_timeout.as_millis()
     );
     let server = server(&config);
     let inner = PostgresConnectionManager::new(config, tls::connector(&tls)?);
-    let manager = Manager { inner, set_up, runtime: runtime.clone(), server };
+    let manager = Manager { inner, set_up, lock_timeout, runtime: runtime.clone(), server };
     Ok(bb8::Pool::builder()
         .max_size(settings.max_conns)
         .min_idle(settings.min_conns.min(settings.max_conns))

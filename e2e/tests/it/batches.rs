@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use test_support::{Accepted, Api, Reply, System, alone, eventually, item, order, wait_for};
+use tokio::time::Instant;
 
 /// Posts all at once while every write waits, so that they meet in as few batches as can be.
 async fn post_together(system: &System, orders: Vec<Value>, prefer: &'static str) -> (Api, Vec<Reply>) {
@@ -257,4 +258,45 @@ async fn an_order_that_somebody_keeps_locked_holds_up_only_its_partition() {
         if stopped == 0.0 { Ok(()) } else { Err(stopped.to_string()) }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_external_id_that_somebody_keeps_holds_up_the_other_orders_of_its_batch_only_once() {
+    const ORDERS: usize = 255;
+    let _turn = alone().await;
+    let system = System::new().await;
+    let api = system.api().await;
+    let mut somebody = system.db.connect().await;
+    let hold = somebody.transaction().await.expect("a transaction");
+    hold.batch_execute(
+        "insert into order_refs (user_id, external_id, order_id, fingerprint)
+         values ('user', 'kept', gen_random_uuid(), '\\x00')",
+    )
+    .await
+    .expect("the id");
+
+    let began = Instant::now();
+    let posts: Vec<_> = (0..=ORDERS)
+        .map(|n| {
+            let http = api.shared_http();
+            let mut sent = order("user");
+            sent["external_id"] = if n == ORDERS / 2 { json!("kept") } else { json!(format!("free-{n}")) };
+            tokio::spawn(async move { (n, http.post_order_async(&sent).await, began.elapsed()) })
+        })
+        .collect();
+    let mut accepted = Vec::new();
+    for post in posts {
+        let (n, reply, took) = post.await.expect("no panic");
+        // A third of DB_WRITE_TIMEOUT passes before anybody knows; at each halving it would again.
+        assert!(took < Duration::from_secs(6), "order {n} took {took:?}");
+        if n == ORDERS / 2 {
+            assert_eq!(reply.status, 503, "{}", reply.summary());
+            assert!(reply.header("retry-after").is_some(), "{}", reply.summary());
+        } else {
+            accepted.push(Accepted::from(&reply.expect_status(201)));
+        }
+    }
+    hold.rollback().await.expect("letting go");
+    let _worker = system.worker().await;
+    system.ledger().check(accepted).await;
 }

@@ -1,5 +1,6 @@
 //! The shared parts on a real PostgreSQL and a real Kafka.
 
+mod locks;
 mod migrations;
 mod outbox;
 mod producer;
