@@ -87,6 +87,16 @@ async fn lifecycles_are_checked_and_drawn_on_the_command_line() {
     let file = format!("{}/pay.toml", folder.path());
     let (code, said) = run_to_end("worker", &["lifecycle", "check", &file], &settings).await;
     assert!(code == Some(1) && said.contains("payment-results is received by pay already"), "{said}");
+    // Beside a file of the folder that has the same name, as a service that starts would find it.
+    let folder = Folder::with("mine.toml", sound);
+    let file = format!("{}/retail.toml", folder.path());
+    std::fs::write(&file, sound).expect("another file");
+    let settings = settings.with(&[("LIFECYCLES_DIR", &folder.path())]);
+    let (code, said) = run_to_end("worker", &["lifecycle", "check", &file], &settings).await;
+    assert!(code == Some(1) && said.contains("retail.toml: name") && said.contains("mine.toml too"), "{said}");
+    std::fs::remove_file(format!("{}/mine.toml", folder.path())).expect("one file less");
+    let (code, said) = run_to_end("worker", &["lifecycle", "check", &file], &settings).await;
+    assert!(code == Some(0) && said.contains("retail is sound"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -36,8 +36,8 @@ impl Lifecycles {
         Ok(Box::leak(Box::new(Self { all })))
     }
 
-    /// The lifecycle of one file, first, and all others that there would be if it lay in the
-    /// folder, in the place of one of its name.
+    /// The lifecycle of one file, first, and all others: of a file in the folder as they are there, of
+    /// any other as if it lay there in the place of one of its name.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -51,11 +51,20 @@ impl Lifecycles {
         let text = std::fs::read_to_string(file).with_context(|| name.clone())?;
         let lifecycle = file::read(&name, &text, variables)?;
         let mut files = given(folder)?;
-        files.retain(|(name, text)| {
-            file::read(name, text, variables).map_or(true, |other| other.name != lifecycle.name)
-        });
-        files.insert(0, (name, text));
-        assemble(files, own_topics, variables)
+        let same = file.canonicalize().with_context(|| name.clone())?;
+        let beside = files.len();
+        files.retain(|(other, _)| Path::new(other).canonicalize().map_or(true, |other| other != same));
+        if files.len() == beside {
+            files.retain(|(name, text)| {
+                file::read(name, text, variables).map_or(true, |other| other.name != lifecycle.name)
+            });
+        }
+        // Last: what clashes is then said of this file, not of the other.
+        files.push((name, text));
+        let mut all = assemble(files, own_topics, variables)?;
+        let first = all.iter().position(|one| one.name == lifecycle.name).unwrap_or(0);
+        all.swap(0, first);
+        Ok(all)
     }
 
     /// The release's own, with the topics and times of their files.
