@@ -270,7 +270,10 @@ impl FromStr for KafkaConfig {
                     value.push(',');
                     value.push_str(part);
                 }
-                _ => return Err(format!("\"{part}\" is not a property=value")),
+                (Some((key, _)), None) => {
+                    return Err(format!("\"{}\" is not a property of librdkafka, as security.protocol is", key.trim()));
+                }
+                (None, None) => return Err(format!("\"{part}\" is not a property=value")),
             }
         }
         Ok(Self(pairs))

@@ -52,6 +52,8 @@ pub(crate) fn of_dsn(dsn: &str) -> anyhow::Result<(String, Tls)> {
         let (address, query) = dsn.split_once('?').unwrap_or((dsn, ""));
         let query: Vec<_> = query.split('&').filter(|pair| !pair.is_empty()).filter(&mut keep).collect();
         (address.to_owned(), query, '?', "&")
+    } else if !dsn.contains('=') {
+        bail!("POSTGRES_DSN is neither postgres://user:password@host:port/database nor pairs of key=value")
     } else {
         let pairs: Vec<_> = dsn.split_whitespace().filter(&mut keep).collect();
         (String::new(), pairs, ' ', " ")
