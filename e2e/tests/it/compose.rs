@@ -95,6 +95,14 @@ async fn a_caller_that_declines_to_wait_is_answered_at_commit_by_containers_too(
     assert_eq!(stored["status"], "done");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_indexes_of_text_depend_on_no_version_of_the_systems_library() {
+    let database = Dsn::from_env().connect().await;
+    let locale = "select datcollate from pg_database where datname = current_database()";
+    let row = database.query_one(locale, &[]).await.expect("the locale");
+    assert_eq!(row.get::<_, String>(0), "C");
+}
+
 async fn check_ledger(accepted: impl IntoIterator<Item = Accepted>) {
     let database = Dsn::from_env().connect().await;
     let kafka = TestKafka::new();
