@@ -127,7 +127,7 @@ impl Orders {
             if expected.is_some() {
                 return Err(Problem::Precondition { order: None });
             }
-            self.check_room_for_new()?;
+            self.writer.check_room_for_new()?;
         }
         let correlation_id = Uuid::now_v7();
         // Before the write: an answer that comes first would find nobody.
@@ -147,11 +147,6 @@ impl Orders {
         // A repeat that waits counts like any other caller that does; nobody else waits any longer.
         let _place = waiter.filter(|_| matches!(written, Written::Before { .. }));
         self.settle(written, operation, correlation_id, waited).await
-    }
-
-    /// Whether a new order would find a place; told before anything is made of it.
-    pub(crate) fn check_room_for_new(&self) -> Result<(), Problem> {
-        self.writer.check_room_for_new()
     }
 
     /// The worker's answer, if there is one in time.

@@ -234,9 +234,7 @@ impl Connection {
         };
         self.within(deadline, transaction).await
     }
-}
 
-impl Connection {
     /// Runs `work` so that its statements hardly wait for a lock that somebody keeps: for whoever has waited
     /// for it in vain, and looks for what can be done without.
     ///
@@ -351,7 +349,8 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings, runtime: &Han
     // are still empty, the planner would choose to read them whole, and keep to that as they grow.
     let set_up = format!(
         "set statement_timeout = {0}; set idle_in_transaction_session_timeout = {0}; set lock_timeout = {1}; \
-         set enable_seqscan = off; set enable_hashjoin = off; set enable_mergejoin = off; set plan_cache_mode = force_generic_plan; set jit = off",
+         set enable_seqscan = off; set enable_hashjoin = off; set enable_mergejoin = off; \
+         set plan_cache_mode = force_generic_plan; set jit = off",
         settings.write_timeout.as_millis(),
         lock_timeout.as_millis()
     );

@@ -69,7 +69,7 @@ pub(super) async fn submit(
     check_content_type(&parts.headers)?;
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
     // Where more comes than can be stored, to refuse it must cost little: a fifth of it was parsing.
-    if let Err(full) = app.orders.check_room_for_new()
+    if let Err(full) = app.orders.writer.check_room_for_new()
         && !request::may_name_an_order(&body.bytes)
     {
         return Err(full);
