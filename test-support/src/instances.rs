@@ -146,9 +146,18 @@ impl PrivateKafka {
 
     /// Stands still from now on: its connections stay, and nothing is answered.
     pub fn freeze(&self) {
+        self.signal("STOP");
+    }
+
+    /// Goes on where it stood still.
+    pub fn thaw(&self) {
+        self.signal("CONT");
+    }
+
+    fn signal(&self, name: &str) {
         let pid = self.0.value("KAFKA_PID");
-        let status = Command::new("sh").args(["-c", &format!("kill -STOP {pid}")]).status();
-        assert!(status.is_ok_and(|status| status.success()), "stopping process {pid}");
+        let status = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status();
+        assert!(status.is_ok_and(|status| status.success()), "SIG{name} to process {pid}");
     }
 
     /// With its data, at the same address.

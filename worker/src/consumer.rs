@@ -1,5 +1,5 @@
 //! Reads `orders.events` and what the lifecycles receive: a batch of what is there, handled,
-//! answered, and only then marked as read. A database that is away stops the reading; a record
+//! answered, and only then marked as read (`answers.rs`). A database that is away stops the reading; a record
 //! that the database refuses is parked; one whose order somebody else keeps locked stops its
 //! partition for a while. Nothing is skipped.
 
@@ -14,31 +14,31 @@ use futures_util::FutureExt as _;
 use rdkafka::{
     Offset, TopicPartitionList,
     consumer::{CommitMode, Consumer as _, StreamConsumer},
-    producer::DeliveryFuture,
 };
 use shared::{
     backoff::Backoff,
     db::{DbError, Fault, writable},
-    kafka::{Context, Pace, Producer, client_config},
+    kafka::{Context, Producer, client_config},
     settings::KafkaSettings,
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::{batch::Handler, record::Record, reply::Reply};
+use crate::{
+    answers::{Answers, PartitionId},
+    batch::Handler,
+    record::Record,
+    reply::Reply,
+};
 
 /// Most records in one batch: a transaction of some milliseconds.
 const BATCH: usize = 512;
-/// Batches whose answers are on their way to the broker.
-const UNSETTLED: usize = 64;
 /// So often a batch may fail for a reason that is no message's before one of them is suspected.
 const PATIENCE: u32 = 3;
 /// For moving a partition back to a record.
 const SEEK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often stopped partitions are looked after while nothing else arrives.
 const TICK: Duration = Duration::from_millis(100);
-
-type PartitionId = (String, i32);
 
 /// A partition that waits for somebody to let go of its orders.
 struct Stopped {
@@ -49,18 +49,11 @@ struct Stopped {
     resumed: bool,
 }
 
-/// What may be marked as read once these answers are delivered.
-struct Settled {
-    offsets: Vec<(PartitionId, i64)>,
-    answers: Vec<DeliveryFuture>,
-}
-
 pub(crate) struct Worker {
     handler: Handler,
-    producer: Producer,
+    answers: Answers,
     consumer: Arc<StreamConsumer<Context>>,
     stopped: HashMap<PartitionId, Stopped>,
-    settled: mpsc::Sender<Settled>,
 }
 
 /// Reads these topics until `stop`; then finishes its batch, delivers its answers, and leaves the
@@ -80,16 +73,16 @@ pub(crate) async fn run(
 ) -> anyhow::Result<()> {
     let consumer = Arc::new(consumer(settings, group)?);
     consumer.subscribe(topics).context("subscribing")?;
-    let (settled, queue) = mpsc::channel(UNSETTLED);
-    let settler = tokio::spawn(settle(consumer.clone(), producer.clone(), queue));
-    let mut worker = Worker { handler, producer, consumer: consumer.clone(), stopped: HashMap::new(), settled };
+    let (answers, settling) = Answers::new(producer, consumer.clone(), stop.clone());
+    let settling = tokio::spawn(settling);
+    let mut worker = Worker { handler, answers, consumer: consumer.clone(), stopped: HashMap::new() };
     while !stop.is_cancelled() {
         let Some(batch) = stop.run_until_cancelled(worker.next_batch()).await else { break };
         metrics::histogram!("orderstream_worker_batch_size").record(batch.len() as f64);
         worker.handle(batch, &stop).await?;
     }
     drop(worker);
-    settler.await.context("marking records as read")?;
+    settling.await.context("marking records as read")?;
     // Blocks for as long as the broker takes to hear it: the others have our partitions at once.
     let leaving = tokio::task::spawn_blocking(move || {
         if let Err(error) = consumer.commit_consumer_state(CommitMode::Sync) {
@@ -269,16 +262,6 @@ impl Worker {
 
     /// Sends the answers; when they are delivered the records are marked as read.
     async fn settle(&mut self, part: &[Record], replies: Vec<Reply>) -> anyhow::Result<()> {
-        let mut answers = Vec::with_capacity(replies.len());
-        let pace = Pace::of(replies.len(), true);
-        for reply in replies {
-            let Reply { to, key, headers, body } = reply;
-            match self.producer.send(pace, &to.topic, Some(to.partition), &key, &headers, &body) {
-                Ok(delivery) => answers.push(delivery),
-                // Whoever waits looks into the database when its time is up.
-                Err(error) => not_answered(&error),
-            }
-        }
         let mut last = HashMap::new();
         for record in part {
             last.insert(id(record), record.offset);
@@ -291,8 +274,7 @@ impl Worker {
                 metrics::gauge!("orderstream_partitions_stopped").set(self.stopped.len() as f64);
             }
         }
-        let offsets = last.into_iter().collect();
-        self.settled.send(Settled { offsets, answers }).await.context("the task that marks records as read died")
+        self.answers.send(replies, last.into_iter().collect()).await
     }
 
     /// Stops these partitions at their first record in this part: all of theirs comes again.
@@ -349,29 +331,6 @@ impl Worker {
         });
         metrics::gauge!("orderstream_partitions_stopped").set(self.stopped.len() as f64);
     }
-}
-
-/// Marks records as read, batch by batch, once their answers are with the broker.
-async fn settle(consumer: Arc<StreamConsumer<Context>>, producer: Producer, mut queue: mpsc::Receiver<Settled>) {
-    while let Some(Settled { offsets, answers }) = queue.recv().await {
-        for answer in answers {
-            match producer.delivered(answer).await {
-                Ok(()) => metrics::counter!("orderstream_acks_sent_total").increment(1),
-                Err(error) => not_answered(&error),
-            }
-        }
-        for ((topic, partition), offset) in offsets {
-            if let Err(error) = consumer.store_offset(&topic, partition, offset) {
-                // The partition has left us: whoever has it handles the record again, to no effect.
-                tracing::debug!(%error, kafka.partition = partition, "marking as read");
-            }
-        }
-    }
-}
-
-fn not_answered(error: &rdkafka::error::KafkaError) {
-    metrics::counter!("orderstream_acks_unsent_total").increment(1);
-    tracing::warn!(%error, "an answer was not sent; who waits for it finds it in the history");
 }
 
 fn id(record: &Record) -> PartitionId {

@@ -4,6 +4,7 @@
 //! → [`batch`] and [`store`] write it in one transaction → [`consumer`] answers, and marks as read.
 //! What fails goes by [`parking`]; what takes too long, by the [`clock`].
 
+mod answers;
 mod batch;
 pub mod cli;
 mod clock;

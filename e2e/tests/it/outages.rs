@@ -299,6 +299,35 @@ async fn a_worker_that_lost_its_connection_at_the_commit_handles_nothing_twice()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_stood_still_longer_than_an_answer_waits_for_it_brings_the_answer_when_it_goes_on() {
+    let _turn = alone().await;
+    let broker = PrivateKafka::start().await;
+    let mut system = System::on(TestDb::new().await, broker.client());
+    system.set("ACK_WAIT_MAX_MS", 55_000);
+    let (api, worker) = (system.api().await, system.worker().await);
+    let gate = CommitGate::install(&system.db, "order_events", "new.type = 'handled'").await;
+
+    gate.close().await;
+    let http = api.shared_http();
+    let waiting = tokio::spawn(async move { http.post_order_with(&order("user"), &[("prefer", "wait=55")]).await });
+    gate.wait_for_held(1).await;
+    broker.freeze();
+    gate.open().await;
+    wait_for("the worker to send the answer again", Duration::from_secs(20), || async {
+        match worker.http().metric("orderstream_acks_sent_again_total").await {
+            0.0 => Err("not yet".to_owned()),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    broker.thaw();
+    let reply = waiting.await.expect("no panic").expect_status(201);
+    assert!(reply.took < Duration::from_secs(40), "only the deadline brought it, after {:?}", reply.took);
+    assert_eq!(reply.json()["order_version"], 2);
+    system.ledger().check([Accepted::from(&reply)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn processes_started_before_their_database_serve_once_it_is_there() {
     let _turn = beside_others().await;
     let system = System::new().await;
