@@ -86,15 +86,11 @@ pub async fn run(
 
     // Those that must not end before the process does, and those that end with their last handle.
     let (mut vital, mut writers) = (JoinSet::new(), JoinSet::new());
-    let writer = Writer::start(
-        &db,
-        &cache,
-        &outbox,
-        defaults.lifecycles,
-        &config.kafka.orders_events_topic,
-        &mut writers,
-        &path,
-    );
+    let topic = &config.kafka.orders_events_topic;
+    let (writer, writing) = Writer::new(&db, &cache, &outbox, defaults.lifecycles, topic, &hurry);
+    for writing in writing {
+        writers.spawn_on(writing, path.handle());
+    }
     vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
     let answers = serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone());
     vital.spawn_on(answers, path.handle());
@@ -130,7 +126,7 @@ pub async fn run(
         waiters,
         replies,
         producer: producer.clone(),
-        topic: config.kafka.orders_events_topic.clone(),
+        topic: topic.clone(),
         hurry: hurry.clone(),
     };
     let app = Arc::new(AppState {

@@ -23,10 +23,12 @@ use shared::{
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    task::JoinSet,
     time::Instant,
 };
-use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 use uuid::Uuid;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
@@ -44,7 +46,6 @@ use crate::{
         read::{self, Reference},
     },
     waiters::Wake,
-    write_path::WritePath,
 };
 
 /// Most changes in one transaction. Beyond a few hundred little is won while all keep up; but when
@@ -89,7 +90,7 @@ impl Queued {
     /// Returns once the change is durable.
     pub(crate) async fn written(self) -> Result<Written, Problem> {
         self.0.await.unwrap_or(Err(Problem::Unavailable(
-            "the writer failed; whether the order was stored is not known, and repeating is safe with external_id",
+            "ended before the database answered; whether the order was stored is not known, and repeating is safe with external_id",
         )))
     }
 }
@@ -112,33 +113,35 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Starts the writers among `tasks`; they end when the last handle is dropped.
-    pub(crate) fn start(
+    /// With what the writers do until the last handle is dropped. At `hurry` they end with a refusal to
+    /// all whose changes they have not written.
+    pub(crate) fn new(
         db: &Db,
         cache: &Cache,
         outbox: &Outbox,
         lifecycles: &'static Lifecycles,
         topic: &str,
-        tasks: &mut JoinSet<()>,
-        path: &WritePath,
-    ) -> Self {
-        let mut start = || {
+        hurry: &CancellationToken,
+    ) -> (Self, Vec<impl Future<Output = ()> + use<>>) {
+        let mut writing = Vec::new();
+        let mut add = || {
             let (sender, queue) = mpsc::channel(QUEUE);
             let (db, cache, outbox, topic) = (db.clone(), cache.clone(), outbox.clone(), topic.to_owned());
             let task = Task { db, cache, outbox, lifecycles, topic, queue, later: VecDeque::new() };
-            tasks.spawn_on(task.run(), path.handle());
+            writing.push(task.run(hurry.clone()));
             sender
         };
-        Self {
-            creates: start(),
-            changes: (0..CHANGE_WRITERS).map(|_| start()).collect(),
+        let writer = Self {
+            creates: add(),
+            changes: (0..CHANGE_WRITERS).map(|_| add()).collect(),
             room: Arc::new(Semaphore::new(QUEUE_KIB)),
             bulk_room: Arc::new(Semaphore::new(BULK_KIB)),
             db: db.clone(),
             cache: cache.clone(),
             outbox: outbox.clone(),
             topic: topic.into(),
-        }
+        };
+        (writer, writing)
     }
 
     /// Is there a place for a new order? For those who would make it in vain: when there is none,
@@ -221,11 +224,25 @@ struct Task {
 }
 
 impl Task {
-    async fn run(mut self) {
+    async fn run(mut self, hurry: CancellationToken) {
+        // A batch that the database keeps is dropped: whether it is stored is not known.
+        if hurry.run_until_cancelled(self.write_what_comes()).await.is_none() {
+            self.queue.close();
+            while let Some(command) = self.next_command() {
+                command.answer(Err(SHUTTING_DOWN));
+            }
+        }
+    }
+
+    async fn write_what_comes(&mut self) {
         while let Some(batch) = self.next_batch().await {
             metrics::histogram!("orderstream_write_batch_size").record(batch.len() as f64);
             self.write_all(batch).await;
         }
+    }
+
+    fn next_command(&mut self) -> Option<Command> {
+        self.later.pop_front().or_else(|| self.queue.try_recv().ok())
     }
 
     async fn next_batch(&mut self) -> Option<Vec<Command>> {
@@ -236,7 +253,7 @@ impl Task {
             self.later.push_back(self.queue.recv().await?);
         }
         while batch.len() < BATCH {
-            let Some(command) = self.later.pop_front().or_else(|| self.queue.try_recv().ok()) else { break };
+            let Some(command) = self.next_command() else { break };
             if command.keys().any(|key| keys.contains(&key)) {
                 again.push_back(command);
             } else {

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::load::{self, Load, Replicas};
+use crate::waiting::waiters_become;
 
 /// `SHUTDOWN_TIMEOUT_MS` as it is by default.
 const BOUND: Duration = Duration::from_secs(15);
@@ -39,11 +40,7 @@ async fn an_api_that_stops_without_a_worker_answers_its_parked_callers_with_202(
             tokio::spawn(async move { http.post_order_with(&order("user"), &[("prefer", "wait=30")]).await })
         })
         .collect();
-    wait_for("50 waiters", Duration::from_secs(10), || async {
-        let waiters = api.http().metric("orderstream_waiters").await;
-        if waiters == 50.0 { Ok(()) } else { Err(waiters.to_string()) }
-    })
-    .await;
+    waiters_become(api.http(), 50.0).await;
     api.sigterm();
     let mut accepted = Vec::new();
     for post in posts {
@@ -56,6 +53,34 @@ async fn an_api_that_stops_without_a_worker_answers_its_parked_callers_with_202(
     let _other = system.api().await;
     let _worker = system.worker().await;
     system.ledger().check(accepted).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_that_stops_while_its_database_stands_still_refuses_those_who_wait_for_it() {
+    let _turn = alone().await;
+    let system = System::new().await;
+    let api = system.api_with(&[("SHUTDOWN_TIMEOUT_MS", "4000"), ("DB_WRITE_TIMEOUT", "60s")]).await;
+    let mut holder = system.db.connect().await;
+    let hold = holder.transaction().await.expect("a transaction");
+    hold.batch_execute("lock table orders in exclusive mode").await.expect("the lock");
+    let posts: Vec<_> = (0..20)
+        .map(|_| {
+            let http = api.shared_http();
+            tokio::spawn(async move { http.post_order_with(&order("user"), &[("prefer", "wait=30")]).await })
+        })
+        .collect();
+    waiters_become(api.http(), 20.0).await;
+    api.sigterm();
+    for post in posts {
+        let reply = post.await.expect("no panic").expect_status(503);
+        assert_eq!(reply.problem(), "unavailable");
+        assert!(reply.header("retry-after").is_some(), "{}", reply.summary());
+    }
+    assert!(api.exit_within(Duration::from_secs(6)).await.success());
+    hold.rollback().await.expect("the lock to go");
+    let _other = system.api().await;
+    let _worker = system.worker().await;
+    system.ledger().check([]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -186,7 +186,7 @@ async fn an_answer_whose_ack_is_lost_is_found_in_the_database_at_the_deadline() 
     system.ledger().check([Accepted::from(&reply)]).await;
 }
 
-async fn waiters_become(http: &HttpClient, expected: f64) {
+pub(crate) async fn waiters_become(http: &HttpClient, expected: f64) {
     wait_for(&format!("{expected} waiters"), Duration::from_secs(10), || async {
         let waiters = http.metric("orderstream_waiters").await;
         if waiters == expected { Ok(()) } else { Err(waiters.to_string()) }
