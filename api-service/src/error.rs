@@ -187,6 +187,9 @@ impl Problem {
                 format!("it is at version {version}; read it again, and send its ETag in If-Match")
             }
             Self::Precondition { order: None } => "If-Match is for orders that are there".to_owned(),
+            Self::ExternalIdTaken { order_id } => {
+                format!("it is order {order_id}: to change it send its order_id, for a new order another external_id")
+            }
             Self::KeyReused => "take a new Idempotency-Key for another request".to_owned(),
             Self::KeyUndecided { .. } => "nothing is lost; try again, or look at /requests".to_owned(),
             Self::Rejected { reason, .. } => reason.clone(),
@@ -200,8 +203,7 @@ impl Problem {
             | Self::UnknownRoute
             | Self::MethodNotAllowed
             | Self::TooSlow
-            | Self::Deleted { .. }
-            | Self::ExternalIdTaken { .. } => return None,
+            | Self::Deleted { .. } => return None,
         })
     }
 
