@@ -130,7 +130,7 @@ impl Side {
     async fn change(&mut self, order: &Known) -> anyhow::Result<()> {
         let body = format!(r#"{{"order_id":"{}","notes":"changed"}}"#, order.order_id);
         let (path, prefer) = (self.address.path("/orders")?, HeaderValue::from_static("respond-async"));
-        let answer = self.connection.post_json(path, prefer, body.into()).await.context("changing an order")?;
+        let answer = self.connection.post_json(&path, &prefer, body.as_bytes()).await.context("changing an order")?;
         ensure!(answer.status == StatusCode::OK, "a change was answered {}", answer.status);
         Ok(())
     }

@@ -214,7 +214,8 @@ impl Shared {
         let mut stored = 0;
         while let Some(begun) = self.next(stored).await {
             let sent = Instant::now();
-            let posting = connection.post_json(self.path.clone(), self.prefer.clone(), self.bodies.next());
+            let body = self.bodies.next();
+            let posting = connection.post_json(&self.path, &self.prefer, &body);
             match posting.await {
                 Ok(answer) => {
                     self.count(&answer, begun, sent);
@@ -243,7 +244,7 @@ impl Shared {
         (!is_over).then_some(now)
     }
 
-    fn count(&self, answer: &Answer, begun: Instant, sent: Instant) {
+    fn count(&self, answer: &Answer<'_>, begun: Instant, sent: Instant) {
         let now = Instant::now();
         let (latency, is_measured) = (now - begun, now >= self.measured_from && now < self.measured_until);
         let tally = &mut *self.tally.borrow_mut();
@@ -254,9 +255,9 @@ impl Shared {
         let second = &mut tally.figures.seconds[place];
         match answer.status {
             // The cheapest sign that the worker has answered, and this order at that.
-            StatusCode::CREATED if self.waits && !contains(&answer.body, br#""order_status":"done""#) => {
+            StatusCode::CREATED if self.waits && !contains(answer.body, br#""order_status":"done""#) => {
                 tally.figures.created += 1;
-                tally.figures.failed(|| format!("201 without an answer: {}", String::from_utf8_lossy(&answer.body)));
+                tally.figures.failed(|| format!("201 without an answer: {}", String::from_utf8_lossy(answer.body)));
             }
             StatusCode::CREATED => {
                 tally.figures.created += 1;
@@ -277,9 +278,9 @@ impl Shared {
                     tally.refusals.record(latency);
                     tally.refusals_sent.record(now - sent);
                 }
-                tally.figures.refused_without_retry_after += u64::from(!answer.headers.contains_key(RETRY_AFTER));
+                tally.figures.refused_without_retry_after += u64::from(answer.header(&RETRY_AFTER).is_none());
             }
-            status => tally.figures.failed(|| format!("{status}: {}", String::from_utf8_lossy(&answer.body))),
+            status => tally.figures.failed(|| format!("{status}: {}", String::from_utf8_lossy(answer.body))),
         }
     }
 

@@ -4,8 +4,6 @@
 use std::cell::Cell;
 use std::io::Write;
 
-use bytes::Bytes;
-
 /// Of 16 orders: most have one line, as on real marketplaces.
 const ITEMS: [usize; 16] = [1, 1, 2, 1, 1, 1, 3, 1, 1, 2, 1, 1, 1, 2, 1, 1];
 
@@ -26,7 +24,7 @@ impl Bodies {
     }
 
     /// The next request, unlike all before it.
-    pub fn next(&self) -> Bytes {
+    pub fn next(&self) -> Vec<u8> {
         let number = self.next.replace(self.next.get() + 1);
         let user = hash(number % USERS);
         let tail = &self.tails[number as usize % self.tails.len()];
@@ -35,7 +33,7 @@ impl Bodies {
         let _ = write!(body, r#"{{"user_id":"{user:032x}","payload":{}"#, Head { body: self, number, user });
         body.extend_from_slice(tail.as_bytes());
         body.push(b'}');
-        body.into()
+        body
     }
 
     /// The payload of an order with one line.

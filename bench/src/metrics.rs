@@ -19,16 +19,9 @@ impl Metrics {
     /// The sum over all labels; 0 while the process has not yet counted any.
     pub async fn sum(&mut self, name: &str) -> anyhow::Result<u64> {
         let page = self.address.path("/metrics")?;
-        let answer = match self.connection.get(page.clone()).await {
-            Ok(answer) => answer,
-            // A server may close what was idle for a while.
-            Err(_) => {
-                self.connection = Connection::open(&self.address).await?;
-                self.connection.get(page).await?
-            }
-        };
+        let answer = self.connection.get(&page).await?;
         ensure!(answer.status == StatusCode::OK, "GET /metrics answered {}", answer.status);
-        Ok(sum(&String::from_utf8_lossy(&answer.body), name))
+        Ok(sum(&String::from_utf8_lossy(answer.body), name))
     }
 }
 

@@ -141,7 +141,7 @@ async fn first_address(lines: &mut Lines<BufReader<ChildStdout>>) -> anyhow::Res
 
 async fn is_ready(address: &Address) -> anyhow::Result<StatusCode> {
     let mut connection = Connection::open(address).await?;
-    Ok(connection.get(address.path("/ready")?).await?.status)
+    Ok(connection.get(&address.path("/ready")?).await?.status)
 }
 
 fn tail(log: &Path) -> String {

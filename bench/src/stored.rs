@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
 use hyper::StatusCode;
+use hyper::header::LINK;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
@@ -184,7 +185,7 @@ async fn deep_pages(connection: &mut Connection, address: &Address, stored: u64)
     let began = Instant::now();
     for page in 1..pages {
         let answer = get(connection, address, &path).await?;
-        let link = answer.headers.get("link").and_then(|link| link.to_str().ok());
+        let link = answer.header(&LINK);
         let next = link.and_then(|link| link.strip_prefix('<')?.split_once('>'));
         path = next.with_context(|| format!("no next page after page {page} of {pages}"))?.0.to_owned();
         walked.push(path.clone());
@@ -231,17 +232,21 @@ pub(crate) async fn ask(
             turn if turn < question.paths.len() => asked.first.record(began.elapsed()),
             _ => {}
         }
-        let listed = serde_json::from_slice::<Vec<serde::de::IgnoredAny>>(&answer.body).map_or(1, |page| page.len());
+        let listed = serde_json::from_slice::<Vec<serde::de::IgnoredAny>>(answer.body).map_or(1, |page| page.len());
         asked.answers += 1;
-        asked.rows += listed as u64 + u64::from(answer.headers.contains_key("link"));
+        asked.rows += listed as u64 + u64::from(answer.header(&LINK).is_some());
     }
     Ok(asked)
 }
 
-pub(crate) async fn get(connection: &mut Connection, address: &Address, path: &str) -> anyhow::Result<Answer> {
-    let answer = connection.get(address.path(path)?).await.with_context(|| format!("GET {path}"))?;
+pub(crate) async fn get<'a>(
+    connection: &'a mut Connection,
+    address: &Address,
+    path: &str,
+) -> anyhow::Result<Answer<'a>> {
+    let answer = connection.get(&address.path(path)?).await.with_context(|| format!("GET {path}"))?;
     if answer.status != StatusCode::OK {
-        bail!("GET {path} was answered {}: {}", answer.status, String::from_utf8_lossy(&answer.body));
+        bail!("GET {path} was answered {}: {}", answer.status, String::from_utf8_lossy(answer.body));
     }
     Ok(answer)
 }
