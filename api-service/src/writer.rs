@@ -90,7 +90,7 @@ impl Queued {
     /// Returns once the change is durable.
     pub(crate) async fn written(self) -> Result<Written, Problem> {
         self.0.await.unwrap_or(Err(Problem::Unavailable(
-            "ended before the database answered; whether the order was stored is not known, and repeating is safe with external_id",
+            "the service ended before the database answered; whether the order was stored is not known, and repeating is safe with external_id",
         )))
     }
 }

@@ -1,7 +1,7 @@
 //! `worker`: moves orders along their lifecycle and answers those who wait.
 //!
 //! One event's path: [`consumer`] reads a batch → [`record`] decodes → [`handler`] decides, purely
-//! → [`batch`] and [`store`] write it in one transaction → [`consumer`] answers, and marks as read.
+//! → [`batch`] and [`store`] write it in one transaction → [`answers`] tells who waits, and marks as read.
 //! What fails goes by [`parking`]; what takes too long, by the [`clock`].
 
 mod answers;
