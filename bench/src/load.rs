@@ -130,7 +130,12 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
     let began = Instant::now();
     let measured_from = began + Duration::from_millis(plan.warm_up_ms);
     let measured_until = measured_from + Duration::from_millis(plan.measure_ms);
-    let due = (plan.rate > 0.0).then(|| Due::start(plan.rate, measured_until)).transpose()?;
+    let mut callers = JoinSet::new();
+    let due = (plan.rate > 0.0).then(|| {
+        let due = Rc::new(Due::default());
+        callers.spawn_local(due.clone().pace(plan.rate, measured_until));
+        due
+    });
     let shared = Rc::new(Shared {
         path: address.path("/orders")?,
         prefer: HeaderValue::from_str(&prefer)?,
@@ -149,7 +154,6 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
         }),
     });
 
-    let mut callers = JoinSet::new();
     for connection in connections {
         callers.spawn_local(shared.clone().call(connection, address.clone()));
     }
@@ -161,7 +165,7 @@ async fn offer(plan: &Plan) -> anyhow::Result<Figures> {
         anyhow::Ok(own_cpu_time()? - before)
     });
     while let Some(ended) = callers.join_next().await {
-        ended.context("a caller broke off")??;
+        ended.context("a caller, or what tells them when, broke off")??;
     }
     let ended_at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
     let cpu = cpu.await.context("measuring this process")??;

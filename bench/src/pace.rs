@@ -4,17 +4,22 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::{mpsc, oneshot};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-/// So many due at once are told at once.
-const TOLD: usize = 1024;
-
 /// What is due and not yet sent, and who could send it, for all callers of one thread.
+#[derive(Default)]
 pub struct Due(RefCell<State>);
 
 #[derive(Default)]
@@ -27,30 +32,26 @@ struct State {
 }
 
 impl Due {
-    /// Begins at once and ends at `until`.
+    /// Tells the callers when an order is due, from now on until `until`.
     ///
     /// # Errors
-    /// When the machine grants no thread.
-    pub fn start(per_second: f64, until: Instant) -> anyhow::Result<Rc<Self>> {
-        let (told, mut hears) = mpsc::channel(TOLD);
-        // A thread of its own: the runtime's timer is good to a millisecond, in which the service has
-        // answered.
-        std::thread::Builder::new()
-            .name("pace".to_owned())
-            .spawn(move || tell(per_second, until, &told))
-            .context("starting a thread")?;
-        let due = Rc::new(Self(RefCell::default()));
-        let all = due.clone();
-        tokio::task::spawn_local(async move {
-            while let Some(at) = hears.recv().await {
-                all.0.borrow_mut().give(at);
+    /// When the machine grants no timer.
+    pub async fn pace(self: Rc<Self>, per_second: f64, until: Instant) -> anyhow::Result<()> {
+        let alarm = Alarm::new().context("making a timer")?;
+        let began = Instant::now();
+        for number in 0_u32.. {
+            let at = began + Duration::from_secs_f64(f64::from(number) / per_second);
+            if at >= until {
+                break;
             }
-            // Whoever waits for more hears that there is none.
-            let state = &mut *all.0.borrow_mut();
-            state.is_over = true;
-            state.idle.clear();
-        });
-        Ok(due)
+            alarm.sleep_until(at).await.context("waiting for a timer")?;
+            self.0.borrow_mut().give(at);
+        }
+        // Whoever waits for more hears that there is none.
+        let state = &mut *self.0.borrow_mut();
+        state.is_over = true;
+        state.idle.clear();
+        Ok(())
     }
 
     /// When the next order was due; none when that was the last.
@@ -84,17 +85,34 @@ impl State {
     }
 }
 
-fn tell(per_second: f64, until: Instant, told: &mpsc::Sender<Instant>) {
-    let began = Instant::now();
-    for number in 0_u32.. {
-        let at = began + Duration::from_secs_f64(f64::from(number) / per_second);
-        if at >= until {
-            return;
+/// A timer that is good to microseconds, in the runtime's own thread: the runtime's is good to a
+/// millisecond, in which the service has answered, and a second thread that sleeps costs a tenth of
+/// what an order does.
+struct Alarm(AsyncFd<OwnedFd>);
+
+impl Alarm {
+    fn new() -> io::Result<Self> {
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+        #[expect(
+            deprecated,
+            reason = "what took its place is unsafe: a descriptor may be closed, which one of our own is not"
+        )]
+        let timer = AsyncFd::with_interest(timer, Interest::READABLE)?;
+        Ok(Self(timer))
+    }
+
+    async fn sleep_until(&self, at: Instant) -> io::Result<()> {
+        let left = at.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
         }
-        std::thread::sleep(at.saturating_duration_since(Instant::now()));
-        if told.blocking_send(at).is_err() {
-            return;
-        }
+        let never_again = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let once = Timespec::try_from(left).map_err(io::Error::other)?;
+        let timer = Itimerspec { it_interval: never_again, it_value: once };
+        timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &timer)?;
+        // Not read: to set it again takes back that it went off.
+        self.0.readable().await?.clear_ready();
+        Ok(())
     }
 }
 
@@ -106,7 +124,7 @@ mod tests {
 
     #[tokio::test]
     async fn of_the_idle_callers_the_last_to_come_sends_the_next_order() {
-        let all = Rc::new(Due(RefCell::default()));
+        let all = Rc::new(Due::default());
         let (first, last) = (all.clone(), all.clone());
         let waiting = async move { tokio::join!(biased; first.next(), last.next()) };
         let giving = async {
@@ -123,7 +141,8 @@ mod tests {
     async fn orders_are_due_at_their_times_however_late_they_are_asked_for() {
         let local = LocalSet::new();
         let all = local.run_until(async {
-            let due = Due::start(1000.0, Instant::now() + Duration::from_millis(50)).expect("a thread");
+            let due = Rc::new(Due::default());
+            tokio::task::spawn_local(due.clone().pace(1000.0, Instant::now() + Duration::from_millis(50)));
             let mut all = Vec::new();
             while let Some(at) = due.next().await {
                 all.push(at);
