@@ -36,7 +36,7 @@ const DELIVERED_QUEUE: usize = 4_096;
 const DELETE_LIMIT: usize = 4_096;
 /// So long a delivered row waits for others, unless a later message of its order waits for it to
 /// be gone. Nobody else waits for that, and a lone order would pay for a statement of its own.
-const GATHER: Duration = Duration::from_millis(10);
+const GATHER: Duration = Duration::from_millis(50);
 /// Batches whose messages wait for earlier ones; beyond that the sweeper has them.
 const HOLDERS: usize = 64;
 /// How often a held-back message looks whether the earlier one is gone: soon at first, since that
