@@ -96,8 +96,9 @@ async fn a_hundred_waiters_are_counted_while_they_wait_and_forgotten_afterwards(
     waiters_become(api.http(), 100.0).await;
     for post in posts {
         let reply = post.await.expect("no panic").expect_status(202);
-        let deadline = Duration::from_secs(3);
-        assert!(reply.took.abs_diff(deadline) <= TOLERANCE, "ended after {:?}", reply.took);
+        // A hundred first connections at once are the machine's work too, and are in the time.
+        let on_time = Duration::from_millis(2_900)..Duration::from_millis(3_500);
+        assert!(on_time.contains(&reply.took), "ended after {:?}", reply.took);
     }
     waiters_become(api.http(), 0.0).await;
 }
