@@ -2,13 +2,24 @@
 
 use std::process::ExitCode;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::Builder,
+    signal::unix::{SignalKind, signal},
+};
 
 /// Runs the whole of a process, on so many threads, unless `TOKIO_WORKER_THREADS` says how many. An
 /// error is told on stderr.
 pub fn run_to_end(threads: usize, work: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+    let is_told = std::env::var_os("TOKIO_WORKER_THREADS").is_some();
+    let mut builder = if threads <= 1 && !is_told {
+        // Its one queue is served in order. That of several threads keeps the newest 256 tasks at hand
+        // and leaves older ones for when those are done: some requests of an overload waited for tenths
+        // of a second while thousands that came later were answered.
+        Builder::new_current_thread()
+    } else {
+        Builder::new_multi_thread()
+    };
+    if !is_told {
         builder.worker_threads(threads.max(1));
     }
     let runtime = match builder.enable_all().build() {
@@ -45,4 +56,28 @@ pub fn requested() -> std::io::Result<impl Future<Output = ()>> {
         };
         tracing::info!(signal = name, "asked to stop");
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    #[test]
+    fn of_thousands_of_tasks_on_one_thread_each_has_its_turn_in_order() {
+        let turns = Arc::new(Mutex::new(Vec::new()));
+        let all = turns.clone();
+        run_to_end(1, async move {
+            let turn = |task: u32| {
+                let all = all.clone();
+                async move { all.lock().expect("never poisoned").push(task) }
+            };
+            (0..2_000).map(turn).collect::<JoinSet<_>>().join_all().await;
+            Ok(())
+        });
+        assert!(turns.lock().expect("never poisoned").iter().copied().eq(0..2_000));
+    }
 }

@@ -141,7 +141,7 @@ impl Worker {
         let consumer = self.consumer.clone();
         let mut batch = Vec::new();
         while batch.is_empty() {
-            self.resume_due();
+            self.resume_due().await;
             let received = if self.stopped.is_empty() {
                 consumer.recv().await
             } else {
@@ -303,32 +303,36 @@ impl Worker {
         metrics::gauge!("orderstream_partitions_stopped").set(self.stopped.len() as f64);
     }
 
-    fn resume_due(&mut self) {
+    async fn resume_due(&mut self) {
         if self.stopped.is_empty() {
             return;
         }
         let now = Instant::now();
-        let consumer = &self.consumer;
-        self.stopped.retain(|partition, stopped| {
-            if stopped.resumed || stopped.retry_at > now {
-                return true;
-            }
-            let (topic, number) = partition;
-            if let Err(error) = consumer.resume(&list(partition)) {
+        let is_due = |stopped: &Stopped| !stopped.resumed && stopped.retry_at <= now;
+        let due = self.stopped.extract_if(|_, stopped| is_due(stopped)).collect::<Vec<_>>();
+        for (partition, stopped) in due {
+            if let Err(error) = self.consumer.resume(&list(&partition)) {
                 tracing::debug!(%error, "resuming");
             }
             // Last, so that nothing that librdkafka had read before comes after it. Asks the
             // broker nothing, but may wait for librdkafka's own thread.
-            let sought = tokio::task::block_in_place(|| {
-                consumer.seek(topic, *number, Offset::Offset(stopped.offset), SEEK_TIMEOUT)
-            });
-            stopped.resumed = true;
-            if let Err(error) = &sought {
+            let (consumer, (topic, number), offset) = (self.consumer.clone(), partition.clone(), stopped.offset);
+            let seek = move || consumer.seek(&topic, number, Offset::Offset(offset), SEEK_TIMEOUT);
+            let sought = tokio::task::spawn_blocking(seek).await.map_err(anyhow::Error::from);
+            match sought.and_then(|sought| Ok(sought?)) {
+                Ok(()) => {
+                    self.stopped.insert(partition, Stopped { resumed: true, ..stopped });
+                }
                 // Another worker has the partition now, and meets the record itself.
-                tracing::info!(%error, kafka.partition = number, "a stopped partition has left us");
+                Err(error) => {
+                    tracing::info!(
+                        error = format!("{error:#}"),
+                        kafka.partition = partition.1,
+                        "a stopped partition has left us"
+                    );
+                }
             }
-            sought.is_ok()
-        });
+        }
         metrics::gauge!("orderstream_partitions_stopped").set(self.stopped.len() as f64);
     }
 }
