@@ -273,8 +273,9 @@ pub fn start_load(plan: &Plan) -> anyhow::Result<Child> {
         ("--rate", plan.rate.to_string()),
     ];
     let mut command = Command::new("sh");
-    // As many connections as callers are more files than many systems grant unasked.
-    command.args(["-c", r#"ulimit -n "$(ulimit -Hn)" || :; exec "$0" "$@""#]).arg(own).arg("load");
+    // As many connections as callers are more files than many systems grant unasked. In a session of
+    // its own, as the service's processes are.
+    command.args(["-c", r#"ulimit -n "$(ulimit -Hn)" || :; exec setsid "$0" "$@""#]).arg(own).arg("load");
     for (flag, value) in values {
         command.arg(flag).arg(value);
     }

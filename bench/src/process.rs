@@ -44,8 +44,10 @@ impl Process {
         let stderr = std::fs::File::create(&log).with_context(|| format!("creating {}", log.display()))?;
         let began = Instant::now();
         let mut child = Command::new("sh")
-            // 1,000 parked callers are more files than many systems grant unasked.
-            .args(["-c", r#"ulimit -n "$(ulimit -Hn)" || :; exec "$0""#])
+            // 1,000 parked callers are more files than many systems grant unasked. A session of its own,
+            // as service managers and containers give to each: Linux shares the processors out by session
+            // (autogroup), and else all that is started here would have what one process of PostgreSQL has.
+            .args(["-c", r#"ulimit -n "$(ulimit -Hn)" || :; exec setsid "$0""#])
             .arg(binary(binaries, name)?)
             .envs(settings.iter().map(|(key, value)| (key, value)))
             .current_dir(folder)
