@@ -165,7 +165,8 @@ impl Watchers {
 
     fn hand_out(&self, row: &Told, ids: &[u64], now: OffsetDateTime) {
         let event = event(row);
-        let is_last = self.is_final(&row.lifecycle, &row.row.to);
+        // It may have been brought back since, where its lifecycle allows that.
+        let is_last = row.row.version >= row.newest && self.is_final(&row.lifecycle, &row.row.to);
         let mut table = self.table();
         let Some(watchers) = table.as_mut() else { return };
         for id in ids {
@@ -222,7 +223,7 @@ mod tests {
     use super::*;
     use crate::store::read::HistoryRow;
 
-    fn told(order_id: Uuid, after: i64, version: i64, to: &str) -> Told {
+    fn told(order_id: Uuid, after: i64, version: i64, to: &str, newest: i64) -> Told {
         let row = HistoryRow {
             version,
             from: None,
@@ -232,7 +233,7 @@ mod tests {
             ignored: false,
             at: now(),
         };
-        Told { order_id, after, lifecycle: "retail".to_owned(), row }
+        Told { order_id, after, lifecycle: "retail".to_owned(), newest, row }
     }
 
     fn hand_out(watchers: &Watchers, row: &Told) {
@@ -245,14 +246,14 @@ mod tests {
         let watchers = Watchers::new(10, Lifecycles::embedded().unwrap());
         let (one, other) = (Uuid::now_v7(), Uuid::now_v7());
         let mut all = [(one, 0), (one, 0), (one, 1), (other, 0)].map(|(id, at)| watchers.register(id, at).unwrap());
-        hand_out(&watchers, &told(one, 0, 1, "pending"));
+        hand_out(&watchers, &told(one, 0, 1, "pending", 1));
         for watch in &mut all[..2] {
             let text = watch.next().await.unwrap();
             let text = std::str::from_utf8(&text).unwrap();
             assert!(text.starts_with("id: 1\nevent: order. updated\ndata: {") && text.ends_with("}\n\n"), "{text}");
             assert_eq!(text.lines().count(), 4, "{text}");
         }
-        hand_out(&watchers, &told(one, 1, 2, "cancelled"));
+        hand_out(&watchers, &told(one, 1, 2, "cancelled", 2));
         for watch in &mut all[..3] {
             assert!(watch.next().await.unwrap().starts_with(b"id: 2\n"));
             assert!(watch.next().await.is_none());
@@ -261,11 +262,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_final_state_that_the_order_has_left_since_ends_nothing() {
+        let watchers = Watchers::new(10, Lifecycles::embedded().unwrap());
+        let order_id = Uuid::now_v7();
+        let mut watch = watchers.register(order_id, 0).unwrap();
+        for (after, state) in [(0, "pending"), (1, "cancelled"), (2, "deleted")] {
+            hand_out(&watchers, &told(order_id, after, after + 1, state, 3));
+            assert!(watch.next().await.is_some(), "{state}");
+        }
+        assert!(watch.next().await.is_none());
+    }
+
+    #[tokio::test]
     async fn who_has_not_taken_what_it_was_told_is_not_asked_for() {
         let watchers = Watchers::new(10, Lifecycles::embedded().unwrap());
         let order_id = Uuid::now_v7();
         let mut slow = watchers.register(order_id, 0).unwrap();
-        hand_out(&watchers, &told(order_id, 0, 1, "pending"));
+        hand_out(&watchers, &told(order_id, 0, 1, "pending", 1));
         assert!(watchers.asked().is_empty());
         slow.next().await.unwrap();
         assert_eq!(watchers.asked().into_keys().collect::<Vec<_>>(), [(order_id, 1)]);

@@ -11,6 +11,8 @@ pub(crate) struct Told {
     pub order_id: Uuid,
     pub after: i64,
     pub lifecycle: String,
+    /// Which version the order has by now.
+    pub newest: i64,
     pub row: HistoryRow,
 }
 
@@ -18,7 +20,7 @@ pub(crate) struct Told {
 // is free to choose has tried all others: a limit keeps a subquery where it is, and what depends on
 // another comes after it.
 pub(super) const TOLD_SINCE: &str = "
-    select w.order_id, w.after, o.lifecycle, e.version, e.from_status, e.to_status, e.type, e.cause, e.ignored, e.at
+    select w.order_id, w.after, o.lifecycle, o.version as newest, e.version, e.from_status, e.to_status, e.type, e.cause, e.ignored, e.at
     from unnest($1::uuid[], $2::bigint[]) as w(order_id, after)
     cross join lateral (
         select lifecycle, version from orders where order_id = w.order_id and version > w.after limit 1
@@ -49,6 +51,7 @@ pub(crate) async fn told_since(
             order_id: row.get("order_id"),
             after: row.get("after"),
             lifecycle: row.get("lifecycle"),
+            newest: row.get("newest"),
             row: history_row(row),
         })
         .collect())

@@ -99,8 +99,8 @@ async fn a_delete_ends_the_stream_and_a_final_state_that_was_left_is_gone_throug
         .await
         .expect("an answer")
         .expect_status(200);
-    // new, rejected; new, done, cancelled: who saw the first end goes on to the second.
-    assert_eq!(ids(&rest(open(http, &order_id, Some("0")).await).await), ["1", "2"]);
+    // new, rejected; new, done, cancelled: whoever comes now is told all of it.
+    assert_eq!(ids(&rest(open(http, &order_id, Some("0")).await).await), ["1", "2", "3", "4", "5"]);
     assert_eq!(ids(&rest(open(http, &order_id, Some("2")).await).await), ["3", "4", "5"]);
     http.post_order(&json!({ "order_id": order_id, "status": "deleted" })).await.expect_status(200);
     let last = rest(open(http, &order_id, None).await).await;
