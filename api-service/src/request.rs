@@ -110,10 +110,11 @@ pub fn lacks(lifecycle: &Lifecycle, user_id: &str, content: &Content<'_>) -> Vec
     let mut violations = Vec::new();
     let user_is_fine = match needs.user_id {
         Need::None | Need::Any => true,
-        Need::Whole => user_id.parse::<i64>().is_ok(),
+        Need::Whole => order::whole(user_id).is_some(),
     };
     if !user_is_fine {
-        violations.push(Violation::new("/user_id", format!("must be a whole number in the lifecycle {name}")));
+        violations
+            .push(Violation::new("/user_id", format!("must be a whole number, such as 7, in the lifecycle {name}")));
     }
     if needs.amount != Need::None {
         match worth(content).map(|worth| worth.amount) {
@@ -379,8 +380,10 @@ impl Check {
 
     /// The marketplace's own id in its payload, if it looks like one.
     fn payload_id(&mut self, raw: &RawValue) -> Option<String> {
-        let id = order::id(raw).filter(|id| !id.is_empty())?;
-        self.checked_id("payload/id", id.into_owned())
+        // Nobody knows here what a number means: each spelling of it is another id.
+        let is_number = raw.get().starts_with(|first: char| first == '-' || first.is_ascii_digit());
+        let id = if is_number { Some(raw.get().into()) } else { order::id(raw) };
+        self.checked_id("payload/id", id.filter(|id| !id.is_empty())?.into_owned())
     }
 
     fn lifecycle(&mut self, body: &Body<'_>, known: &'static Lifecycles) -> Option<&'static Lifecycle> {
@@ -520,6 +523,10 @@ mod tests {
     fn the_payloads_id_and_currency_serve_when_the_own_are_absent() {
         let order = created(r#"{"user_id":7,"payload":{"id":42,"currency":"BRL","items":"broken"}}"#);
         assert_eq!((order.user_id.as_str(), order.external_id.as_deref()), ("7", Some("42")));
+        for id in ["1.0", "-1.50", "1e3"] {
+            let order = created(&format!(r#"{{"user_id":7,"payload":{{"id":{id}}}}}"#));
+            assert_eq!(order.external_id.as_deref(), Some(id));
+        }
         assert_eq!(order.fields.currency, Some(Currency::Known("BRL".into())));
         let order = created(
             r#"{"user_id":"u","external_id":"own","currency":"EUR","payload_json":"{\"id\":\"x\",\"currency\":\"BRL\"}"}"#,

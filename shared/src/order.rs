@@ -210,6 +210,13 @@ pub fn id(raw: &RawValue) -> Option<Cow<'_, str>> {
     if digits.bytes().all(|byte| byte.is_ascii_digit()) { Some(raw.get().into()) } else { text(raw) }
 }
 
+/// A whole number in the one spelling that JSON has for it: whoever compares ids as text must not take
+/// `+7` and `7` for two where others, who are sent a number, see one.
+#[must_use]
+pub fn whole(text: &str) -> Option<i64> {
+    text.parse::<i64>().ok().filter(|number| number.to_string() == text)
+}
+
 /// Money from a JSON number or string.
 pub fn money(raw: &RawValue) -> Result<Money, MoneyError> {
     match raw.get().as_bytes() {

@@ -75,8 +75,14 @@ async fn the_requests_that_seed_004_prints_get_the_answers_that_it_prints() {
     assert_eq!((&one["id"], &one["amount"], &one["status"]), (&json!(id), &json!(1500), &json!("PENDING")));
     assert!(one["user_id"] == "42" && is_time(&one["created_at"]), "{one}");
 
-    // Its payment service takes whole numbers only.
-    for (user, body) in [("anna", json!({ "amount": 5 })), ("42", json!({ "amount": 5.5 })), ("42", json!({}))] {
+    // Its payment service takes whole numbers only; other spellings of 42 are other users, who must not pay as 42.
+    for (user, body) in [
+        ("anna", json!({ "amount": 5 })),
+        ("+42", json!({ "amount": 5 })),
+        ("042", json!({ "amount": 5 })),
+        ("42", json!({ "amount": 5.5 })),
+        ("42", json!({})),
+    ] {
         http.post_order_with(&body, &[("x-user-id", user)]).await.expect_status(422);
     }
     system.ledger().settle().await;

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{
     money::Money,
-    order::{Item, PayloadFields, Unknown, parse_items, public_id},
+    order::{Item, PayloadFields, Unknown, parse_items, public_id, whole},
 };
 
 /// A message to be sent when an order moves.
@@ -283,10 +283,9 @@ impl Field {
         if !self.whole {
             return Ok(json);
         }
-        // As JSON has it: no sign of plus, no zeros before.
-        json.parse::<i64>()
-            .map(|number| number.to_string())
-            .map_err(|_| format!("{} must be a whole number in a message of this lifecycle, and is {json}", self.name))
+        whole(&json).map(|number| number.to_string()).ok_or_else(|| {
+            format!("{} must be a whole number in a message of this lifecycle, and is {json}", self.name)
+        })
     }
 }
 
@@ -393,9 +392,11 @@ mod tests {
     #[test]
     fn what_must_be_whole_and_is_not_is_an_error() {
         let template = read(r#"amount = "{amount:whole}""#).unwrap();
-        let zeros = Subject { user_id: "+007", ..subject(None, None) };
         let user = read(r#"user = "{user_id:whole}""#).unwrap();
-        assert_eq!(user.json(&zeros).unwrap(), r#"{"user":7}"#);
+        for other in ["+7", "007", "-0", "7.0", " 7", ""] {
+            let of_other = Subject { user_id: other, ..subject(None, None) };
+            assert!(user.json(&of_other).unwrap_err().contains("whole number"), "{other:?} is another user than 7");
+        }
         let broken = Subject { amount: Some(Money::parse("1.5").unwrap()), ..subject(None, None) };
         assert!(template.json(&broken).unwrap_err().contains("whole number"));
     }
