@@ -84,8 +84,8 @@ pub struct ApiSettings {
     /// How long a caller waits for the worker unless it says otherwise; 0: not at all
     #[arg(long, env = "ACK_WAIT_MS", value_name = "ACK_WAIT_MS", default_value = "5000")]
     pub ack_wait_ms: u64,
-    /// How long a caller may wait at most
-    #[arg(long, env = "ACK_WAIT_MAX_MS", value_name = "ACK_WAIT_MAX_MS", default_value = "30000")]
+    /// How long a caller may wait at most; an hour is the limit
+    #[arg(long, env = "ACK_WAIT_MAX_MS", value_name = "ACK_WAIT_MAX_MS", default_value = "30000", value_parser = clap::value_parser!(u64).range(..=3_600_000))]
     pub ack_wait_max_ms: u64,
     /// How many callers may wait at once; more are told 202 at once
     #[arg(long, env = "MAX_WAITERS", value_name = "MAX_WAITERS", default_value = "10000")]
@@ -255,6 +255,13 @@ impl Config {
                 address.port()
             );
         }
+        let (wait, most) = (self.api.ack_wait_ms, self.api.ack_wait_max_ms);
+        if wait > most {
+            bail!("ACK_WAIT_MS={wait} is more than anybody may wait (ACK_WAIT_MAX_MS={most})");
+        }
+        if self.api.max_body_bytes == 0 {
+            bail!("MAX_BODY_BYTES=0 would take no order");
+        }
         if let Err(reason) = order::currency(&self.api.default_currency) {
             bail!("DEFAULT_CURRENCY=\"{}\" {reason}", self.api.default_currency);
         }
@@ -281,6 +288,9 @@ impl Config {
     /// Naming the setting or the file that is to be changed.
     pub(crate) fn identity(&self) -> anyhow::Result<Identity> {
         let auth = &self.auth;
+        if let (true, Some(name)) = (auth.auth_mode != AuthMode::Jwt, auth.of_tokens()) {
+            bail!("{name} means nothing without AUTH_MODE=jwt, and nobody's token would be looked at");
+        }
         match auth.auth_mode {
             AuthMode::None => Ok(Identity::None),
             AuthMode::Header => Ok(Identity::Header),
@@ -324,6 +334,20 @@ impl PriceSettings {
 }
 
 impl AuthSettings {
+    /// A setting that is given and is about tokens.
+    fn of_tokens(&self) -> Option<&'static str> {
+        let is_given = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| !path.as_os_str().is_empty());
+        [
+            ("JWT_SECRET", self.jwt_secret.as_ref().is_some_and(|Secret(secret)| !secret.is_empty())),
+            ("JWT_KEY_FILE", is_given(&self.jwt_key_file)),
+            ("JWT_JWKS_FILE", is_given(&self.jwt_jwks_file)),
+            ("JWT_ISSUER", given(&self.jwt_issuer).is_some()),
+            ("JWT_AUDIENCE", given(&self.jwt_audience).is_some()),
+        ]
+        .into_iter()
+        .find_map(|(name, is_given)| is_given.then_some(name))
+    }
+
     fn source(&self) -> anyhow::Result<Source> {
         let secret = self.jwt_secret.as_ref().map(|Secret(secret)| secret.clone()).filter(|secret| !secret.is_empty());
         let file = |path: &Option<PathBuf>| path.clone().filter(|path| !path.as_os_str().is_empty());

@@ -44,7 +44,9 @@ impl Identity {
             }
             Self::Header => {
                 let user = text(headers, &USER_ID)?.filter(|user| is_user_id(user));
-                let user = user.ok_or(Problem::Unauthenticated("the header X-User-Id is missing, or no user id"))?;
+                let user = user.ok_or(Problem::Unauthenticated(
+                    "the header X-User-Id is missing, or is no user id (1 to 255 characters)",
+                ))?;
                 let role = text(headers, &USER_ROLE)?;
                 Ok(Caller { user: Some(user.to_owned()), is_service: role.is_some_and(is_service) })
             }

@@ -32,7 +32,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let metrics = telemetry::metrics()?;
     let shutdown = shutdown::requested().context("listening for signals")?;
     let Listen::At(address) = config.api.api_port else {
-        anyhow::bail!("API_PORT=off leaves nothing to do");
+        anyhow::bail!("API_PORT=off: orders come in there, so it cannot be off; 0 takes a free port");
     };
     let grpc = match config.api.grpc_port {
         Listen::Off => None,

@@ -307,7 +307,9 @@ impl FromStr for Listen {
         if let Ok(port) = port.parse::<u16>() {
             return Ok(Self::At(SocketAddr::from(([0, 0, 0, 0], port))));
         }
-        text.parse().map(Self::At).map_err(|_| "must be a port (8080 or :8080), an address and port, or off".to_owned())
+        text.parse()
+            .map(Self::At)
+            .map_err(|_| "must be a port (8080 or :8080; 0: a free one), an address and port, or off".to_owned())
     }
 }
 
@@ -327,6 +329,7 @@ fn brokers(text: &str) -> Result<String, String> {
         }
         _ => !part.trim().is_empty(),
     };
+    let is_broker = |part: &str| !part.trim().contains(char::is_whitespace) && is_broker(part);
     if text.split(',').all(is_broker) { Ok(text.to_owned()) } else { Err("must be host:port,host:port".to_owned()) }
 }
 

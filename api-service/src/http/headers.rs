@@ -46,7 +46,8 @@ impl FromStr for Origins {
     fn from_str(text: &str) -> Result<Self, String> {
         let origins: Vec<&str> = text.split(',').map(str::trim).filter(|origin| !origin.is_empty()).collect();
         match origins.as_slice() {
-            [] => Ok(Self::None),
+            [] if text.trim().is_empty() => Ok(Self::None),
+            [] => Err("names no origin".to_owned()),
             ["*"] => Ok(Self::All),
             origins => origins.iter().map(|text| origin(text)).collect::<Result<_, _>>().map(Self::These),
         }
@@ -87,7 +88,7 @@ pub(crate) fn cors(origins: &Origins) -> Option<CorsLayer> {
     Some(
         CorsLayer::new()
             .allow_origin(origins)
-            .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+            .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH])
             .allow_headers(taken)
             .expose_headers(shown)
             .max_age(PREFLIGHT_AGE),

@@ -221,6 +221,8 @@ async fn settings_that_would_let_everybody_in_are_refused() {
         (&[("AUTH_MODE", "jwt"), ("JWT_JWKS_FILE", "/no/such/file")], "/no/such/file"),
         (&[("AUTH_MODE", "jwt"), ("JWT_KEY_FILE", &broken)], "JWT_KEY_FILE"),
         (&[("AUTH_MODE", "jwt"), ("JWT_KEY_FILE", &private)], "private key"),
+        (&[("JWT_SECRET", SECRET)], "AUTH_MODE"),
+        (&[("AUTH_MODE", "header"), ("JWT_ISSUER", "https://issuer.example")], "JWT_ISSUER"),
         (&[("IDEMPOTENCY_TTL", "for ever")], "IDEMPOTENCY_TTL"),
     ] {
         let said = refused_at_start("api-service", &system.settings().with(changes)).await;

@@ -7,6 +7,11 @@ async fn bad_settings_are_refused_by_name() {
     let _turn = beside_others().await;
     for (binary, key, value) in [
         ("api-service", "ACK_WAIT_MS", "soon"),
+        // More than ACK_WAIT_MAX_MS.
+        ("api-service", "ACK_WAIT_MS", "30001"),
+        ("api-service", "ACK_WAIT_MAX_MS", "18446744073709551615"),
+        ("api-service", "API_PORT", "off"),
+        ("api-service", "MAX_BODY_BYTES", "0"),
         ("api-service", "API_PORT", "eighty"),
         ("api-service", "API_PORT", "70000"),
         ("api-service", "MAX_BODY_BYTES", "-1"),
@@ -30,6 +35,7 @@ async fn bad_settings_are_refused_by_name() {
         ("api-service", "KAFKA_CONFIG", "message.timeout.ms=300000"),
         ("worker", "KAFKA_BROKERS", "127.0.0.1:99999"),
         ("api-service", "KAFKA_BROKERS", ","),
+        ("api-service", "KAFKA_BROKERS", "a b"),
         ("api-service", "ORDERS_EVENTS_TOPIC", "a b"),
         ("worker", "ORDERS_ACK_TOPIC", "orders.events"),
         ("worker", "DB_MIN_CONNS", "20"),
@@ -40,6 +46,7 @@ async fn bad_settings_are_refused_by_name() {
         // Without RATE_LIMIT.
         ("api-service", "RATE_LIMIT_BURST", "5"),
         ("api-service", "CORS_ALLOWED_ORIGINS", "https://shop.example/"),
+        ("api-service", "CORS_ALLOWED_ORIGINS", ",,"),
         ("api-service", "PRODUCT_SERVICE_URL", "product-service:8002"),
         ("api-service", "PRODUCT_SERVICE_TIMEOUT", "0s"),
         ("api-service", "PRODUCT_CACHE_TTL", "soon"),
