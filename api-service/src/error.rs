@@ -134,7 +134,7 @@ impl Problem {
             Self::UnknownParked => (StatusCode::NOT_FOUND, "not-found", "There is no such parked message"),
             Self::Unauthenticated(_) => (StatusCode::UNAUTHORIZED, "unauthenticated", "Who are you?"),
             Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden", "You may not do this"),
-            Self::ParkedElsewise { .. } => (StatusCode::CONFLICT, "conflict", "The message is not in that state"),
+            Self::ParkedElsewise { .. } => (StatusCode::CONFLICT, "conflict", "That cannot be done with this message"),
             Self::UnknownRoute => (StatusCode::NOT_FOUND, "not-found", "There is nothing here"),
             Self::MethodNotAllowed => {
                 (StatusCode::METHOD_NOT_ALLOWED, "malformed", "This method is not for this resource")
@@ -178,7 +178,7 @@ impl Problem {
             Self::TooLarge { limit } => format!("at most {limit} bytes are taken (MAX_BODY_BYTES)"),
             Self::ContentFixed { status, .. } => format!("orders that are {status} take no change of content"),
             Self::IllegalMove { status, allowed, .. } if allowed.is_empty() => {
-                format!("an order that is {status} is moved by its lifecycle alone, if by anything")
+                format!("nobody moves an order that is {status}: only its lifecycle could, if anything")
             }
             Self::IllegalMove { status, allowed, .. } => {
                 format!("orders that are {status} can become {}", allowed.join(" or "))

@@ -37,6 +37,7 @@ impl EventType {
 
 /// A body on `orders.events`: the order as this change left it.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(expecting = "an object")]
 pub struct Event<'a> {
     pub event_id: Uuid,
     #[serde(rename = "type")]

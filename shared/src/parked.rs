@@ -1,7 +1,5 @@
 //! Messages that could not be handled, or not be sent, as operators see them and mend them
-//! (DESIGN 6.4): list, show, redrive, discard, and what is stuck.
-
-use std::time::Duration;
+//! (DESIGN 6.4): list, show, redrive, discard.
 
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -10,16 +8,11 @@ use uuid::Uuid;
 
 use crate::{
     db::{Connection, Db, DbError},
-    lifecycle::Lifecycles,
     order::order_id_of,
 };
 
 /// Most messages in one list.
 pub const MAX_LIMIT: i64 = 1_000;
-/// Most entries of each kind among those that are stuck.
-const STUCK_LIMIT: i64 = 100;
-/// What should have moved so long ago is stuck.
-const STUCK_AFTER: Duration = Duration::from_secs(60);
 
 /// Why a message was set aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -202,6 +195,11 @@ macro_rules! entry_columns {
          p.next_attempt_at, p.created_at, p.updated_at"
     };
 }
+
+// Below the macro that it uses.
+mod stuck;
+
+pub use stuck::{Blocked, Overdue, Stuck, Unhandled, Unsent, stuck};
 
 macro_rules! matches_filter {
     () => {
@@ -409,114 +407,4 @@ fn entry(row: &Row) -> Entry {
         created_at: row.get("created_at"),
         updated_at: row.get("updated_at"),
     }
-}
-
-/// What does not get on by itself; of each kind the oldest.
-#[derive(Debug, Serialize)]
-pub struct Stuck {
-    /// Orders that the clock should have moved.
-    pub overdue: Vec<Overdue>,
-    /// Messages that contradict their order's final state.
-    pub conflicts: Vec<Entry>,
-    /// Messages that should have been sent.
-    pub unsent: Vec<Unsent>,
-    /// Orders whose messages wait behind a dead one.
-    pub blocked: Vec<Blocked>,
-}
-
-#[derive(Debug, Serialize)]
-pub struct Overdue {
-    pub order_id: Uuid,
-    pub lifecycle: String,
-    pub status: String,
-    #[serde(with = "time::serde::rfc3339")]
-    pub due_at: OffsetDateTime,
-}
-
-#[derive(Debug, Serialize)]
-pub struct Unsent {
-    pub order_id: Uuid,
-    pub version: i64,
-    pub topic: String,
-    #[serde(with = "time::serde::rfc3339")]
-    pub created_at: OffsetDateTime,
-}
-
-#[derive(Debug, Serialize)]
-pub struct Blocked {
-    pub order_id: Uuid,
-    /// The dead message.
-    pub parked_id: i64,
-    pub reason: Option<String>,
-    pub waiting: i64,
-}
-
-/// What is stuck: what should have moved a minute ago, and what waits for an operator.
-///
-/// # Errors
-/// When PostgreSQL is away.
-pub async fn stuck(db: &Db, lifecycles: &Lifecycles) -> Result<Stuck, DbError> {
-    const OVERDUE: &str = "
-        select order_id, lifecycle, status, due_at from orders
-        where due_at < clock_timestamp() - $1::float8 * interval '1 second'
-          and (lifecycle || ' ' || status = any ($3::text[]) or lifecycle <> all ($4::text[]))
-        order by due_at limit $2";
-    const CONFLICTS: &str = concat!(
-        "select ",
-        entry_columns!(),
-        " from parked_messages p where p.kind = 'conflict' and p.state = 'dead' and p.id > 0 order by p.id limit $1"
-    );
-    const UNSENT: &str = "
-        select order_id, version, topic, created_at from outbox
-        where created_at < clock_timestamp() - $1::float8 * interval '1 second' order by created_at limit $2";
-    const BLOCKED: &str = "
-        select p.order_id, p.id, p.reason,
-            (select count(*) from parked_messages w
-             where w.order_id = p.order_id and w.kind = 'failed' and w.state = 'waiting') as waiting
-        from parked_messages p
-        where p.kind = 'failed' and p.state = 'dead' and p.order_id is not null and p.id > 0
-        order by p.id limit $1";
-    let connection = db.connection().await?;
-    let seconds = STUCK_AFTER.as_secs_f64();
-    // One that is not known here may be known to the clock.
-    let (timed, names) = (lifecycles.timed(), lifecycles.iter().map(|lifecycle| &*lifecycle.name).collect::<Vec<_>>());
-    let work = async {
-        let client = connection.client();
-        let overdue =
-            client.query(&connection.prepared(OVERDUE).await?, &[&seconds, &STUCK_LIMIT, &timed, &names]).await?;
-        let conflicts = client.query(&connection.prepared(CONFLICTS).await?, &[&STUCK_LIMIT]).await?;
-        let unsent = client.query(&connection.prepared(UNSENT).await?, &[&seconds, &STUCK_LIMIT]).await?;
-        let blocked = client.query(&connection.prepared(BLOCKED).await?, &[&STUCK_LIMIT]).await?;
-        Ok(Stuck {
-            overdue: overdue
-                .iter()
-                .map(|row| Overdue {
-                    order_id: row.get(0),
-                    lifecycle: row.get(1),
-                    status: row.get(2),
-                    due_at: row.get(3),
-                })
-                .collect(),
-            conflicts: conflicts.iter().map(entry).collect(),
-            unsent: unsent
-                .iter()
-                .map(|row| Unsent {
-                    order_id: row.get(0),
-                    version: row.get(1),
-                    topic: row.get(2),
-                    created_at: row.get(3),
-                })
-                .collect(),
-            blocked: blocked
-                .iter()
-                .map(|row| Blocked {
-                    order_id: row.get(0),
-                    parked_id: row.get(1),
-                    reason: row.get(2),
-                    waiting: row.get(3),
-                })
-                .collect(),
-        })
-    };
-    connection.within(db.settings.query_timeout, work).await
 }

@@ -491,8 +491,8 @@ fn behind(park: &mut Park<'_>) {
 }
 
 fn conflict<'a>(record: &'a Record, order_id: Uuid, handling: &Handling) -> Park<'a> {
-    let reason = handling.answer.error.clone().unwrap_or_default();
-    let reason = format!("{}: the order is {}, and {reason}", handling.name, handling.answer.order_status);
+    let reason =
+        format!("{} contradicts the final state of its order: {}", handling.name, handling.answer.order_status);
     tell_parked(record, Some(order_id), &reason);
     Park {
         record,

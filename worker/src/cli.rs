@@ -124,7 +124,10 @@ pub async fn run(config: Config, command: Command) -> anyhow::Result<()> {
             let lifecycles = config.kafka.lifecycles()?;
             match lifecycles.find(&name) {
                 Some(lifecycle) => print!("{}", graph::mermaid(lifecycle)),
-                None => bail!("there is no lifecycle {name}; there are {}", lifecycles.names()),
+                None => bail!(
+                    "there is no lifecycle {name}; there are {} (your own: LIFECYCLES_DIR names their folder)",
+                    lifecycles.names()
+                ),
             }
             Ok(())
         }
@@ -191,6 +194,9 @@ async fn of_parked(db: &Db, command: Parked) -> anyhow::Result<()> {
                 bail!("message {id} is not dead, is a conflict, or is not there; see worker parked show {id}");
             }
             tell(count, "to be tried again", output)?;
+            if count == 0 {
+                eprintln!("only dead messages are, and no conflicts: see worker parked list");
+            }
         }
         Parked::Discard { which, output } => {
             let filter = which.filter()?;
@@ -233,8 +239,11 @@ fn table(entries: &[Entry]) {
     let head = ["ID", "KIND", "STATE", "TRIES", "TOPIC", "ORDER", "NEXT TRY", "REASON"].map(str::to_owned);
     let mut rows = vec![head];
     for entry in entries {
-        let mut reason: String = entry.reason.as_deref().unwrap_or_default().chars().take(WIDEST_REASON).collect();
-        reason = printable(&reason).replace(['\n', '\t'], " ");
+        let whole = printable(entry.reason.as_deref().unwrap_or_default()).replace(['\n', '\t'], " ");
+        let mut reason: String = whole.chars().take(WIDEST_REASON).collect();
+        if reason.len() < whole.len() {
+            reason.push('…');
+        }
         rows.push([
             entry.id.to_string(),
             entry.kind.clone(),
@@ -286,7 +295,7 @@ fn printable(text: &str) -> String {
 }
 
 fn tell_stuck(stuck: &Stuck) -> anyhow::Result<()> {
-    let Stuck { overdue, conflicts, unsent, blocked } = stuck;
+    let Stuck { overdue, unhandled, conflicts, unsent, blocked } = stuck;
     let at = |time: &OffsetDateTime| time.format(&Rfc3339).unwrap_or_default();
     for order in overdue {
         println!(
@@ -295,6 +304,13 @@ fn tell_stuck(stuck: &Stuck) -> anyhow::Result<()> {
             order.lifecycle,
             order.status,
             at(&order.due_at)
+        );
+    }
+    for order in unhandled {
+        let (id, since) = (order.order_id, at(&order.created_at));
+        println!(
+            "unhandled order {id} ({}, {}): no worker has handled it since {since}",
+            order.lifecycle, order.status
         );
     }
     for message in conflicts {
@@ -312,8 +328,10 @@ fn tell_stuck(stuck: &Stuck) -> anyhow::Result<()> {
         let (id, waiting) = (order.parked_id, order.waiting);
         println!("blocked   order {}: {waiting} behind dead message {id}: {reason}", order.order_id);
     }
-    if overdue.is_empty() && conflicts.is_empty() && unsent.is_empty() && blocked.is_empty() {
+    let orders = overdue.len() + unhandled.len() + blocked.len();
+    if orders == 0 && conflicts.is_empty() && unsent.is_empty() {
         println!("nothing is stuck");
+        eprintln!("(messages that nobody could read hold nothing up: worker parked list --state dead)");
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use shared::{
     db::Db,
     lifecycle::Lifecycles,
     order::Violation,
-    parked::{self, Entry, Filter},
+    parked::{self, Entry, Filter, Kind, State as ParkedState},
 };
 
 use tower::util::MapResponseLayer;
@@ -127,24 +127,31 @@ async fn discard_all(State(admin): State<Admin>, request: Request) -> Result<Res
 
 async fn redrive(State(admin): State<Admin>, Path(id): Path<String>) -> Result<Response, Problem> {
     let filter = Filter { id: Some(number(&id)?), ..Filter::default() };
-    one(
-        &admin,
-        &filter,
-        parked::redrive(&admin.db, &filter).await?,
-        "only dead messages are redriven, and no conflicts",
-    )
+    one(&admin, &filter, parked::redrive(&admin.db, &filter).await?, |entry| {
+        if entry.kind == Kind::Conflict.name() && entry.state == ParkedState::Dead.name() {
+            "it contradicts the final state of its order, and would again: discard it"
+        } else {
+            "only dead messages are redriven"
+        }
+    })
     .await
 }
 
 async fn discard(State(admin): State<Admin>, Path(id): Path<String>) -> Result<Response, Problem> {
     let filter = Filter { id: Some(number(&id)?), ..Filter::default() };
-    one(&admin, &filter, parked::discard(&admin.db, &filter).await?, "it is done or discarded already").await
+    one(&admin, &filter, parked::discard(&admin.db, &filter).await?, |_| "there is nothing left to discard").await
 }
 
-async fn one(admin: &Admin, filter: &Filter, count: u64, otherwise: &'static str) -> Result<Response, Problem> {
+async fn one(
+    admin: &Admin,
+    filter: &Filter,
+    count: u64,
+    otherwise: impl FnOnce(&Entry) -> &'static str,
+) -> Result<Response, Problem> {
     let found = parked::show(&admin.db, filter.id.unwrap_or_default()).await?.ok_or(Problem::UnknownParked)?;
     if count == 0 {
-        return Err(Problem::ParkedElsewise { state: found.entry.state, detail: otherwise });
+        let detail = otherwise(&found.entry);
+        return Err(Problem::ParkedElsewise { state: found.entry.state, detail });
     }
     Ok((StatusCode::OK, json(&found)).into_response())
 }

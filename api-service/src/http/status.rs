@@ -28,7 +28,7 @@ use crate::{
 };
 
 #[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 pub(super) struct NewStatus {
     status: String,
 }

@@ -439,13 +439,18 @@ async fn has_key(shop: &mut Shop, topic: String) {
 
 #[then("operators see a conflict about the order")]
 async fn sees_conflict(shop: &mut Shop) {
-    eventually("a conflict", || async {
+    let id = eventually("a conflict", || async {
         let stuck = shop.running().api.admin().get("/admin/stuck").await.expect_status(200).json();
         let conflicts = stuck["conflicts"].as_array().cloned().unwrap_or_default();
-        let found = conflicts.iter().any(|entry| entry["order_id"] == json!(shop.order_id()));
-        if found { Ok(()) } else { Err(stuck.to_string()) }
+        let found = conflicts.iter().find(|entry| entry["order_id"] == json!(shop.order_id()));
+        found.map(|entry| entry["id"].clone()).ok_or_else(|| stuck.to_string())
     })
     .await;
+    // Once more it would only contradict again.
+    let path = format!("/admin/parked/{id}/redrive");
+    let refused = shop.running().api.admin().send(Method::POST, &path, &[], Default::default()).await;
+    let said = refused.expect("an answer").expect_status(409).text("detail");
+    assert!(said.contains("discard it"), "{said}");
 }
 
 #[then("operators see no conflict")]

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use test_support::{
-    Api, Method, Record, Settings, System, Worker, beside_others, eventually, refused_at_start, run_to_end,
+    Api, Method, Record, Settings, System, Worker, beside_others, eventually, order, refused_at_start, run_to_end,
 };
 
 use crate::lifecycles::Folder;
@@ -60,6 +60,27 @@ async fn parked_messages_are_listed_shown_redriven_and_discarded_on_the_command_
     assert_eq!((code, said.trim()), (Some(0), "2 discarded"));
     assert!(listed(&[]).await.is_empty());
     assert_eq!(listed(&["--state", "discarded"]).await.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_whose_event_was_lost_is_seen_and_told_of_again() {
+    let _turn = beside_others().await;
+    let mut system = System::new().await;
+    let (api, settings) = (system.api().await, system.settings().clone());
+    let stuck = async || run_to_end("worker", &["stuck"], &settings).await.1;
+    let order_id = api.http().post_order_async(&order("alice")).await.expect_status(201).text("order_id");
+    system.db.execute("update orders set created_at = created_at - interval '2 minutes'").await;
+    eventually("the order to be seen", || async {
+        let said = stuck().await;
+        let seen = said.starts_with(&format!("unhandled order {order_id} (marketplace, new)"));
+        if seen { Ok(()) } else { Err(said) }
+    })
+    .await;
+    // A worker that begins behind it.
+    system.set("ORDERS_EVENTS_TOPIC", format!("{}.again", system.events()));
+    let (api, _worker) = (system.api().await, system.worker().await);
+    api.http().post_order(&json!({ "order_id": order_id })).await.expect_status(200);
+    assert_eq!(stuck().await.trim(), "nothing is stuck");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,7 +179,7 @@ async fn bad_requests_of_operators_and_movers_are_named() {
     let headers = [("origin", "https://elsewhere.example")];
     let foreign = admin.send(Method::POST, "/admin/parked/discard?kind=failed", &headers, Default::default()).await;
     foreign.expect("an answer").expect_status(403);
-    let order_id = api.http().post_order_async(&test_support::order("user")).await.expect_status(201).text("order_id");
+    let order_id = api.http().post_order_async(&order("user")).await.expect_status(201).text("order_id");
     let long = "x".repeat(300);
     for (method, path, body, status) in [
         (Method::PUT, format!("/orders/{order_id}/status"), "{", 400),

@@ -13,18 +13,16 @@ pub fn mermaid(lifecycle: &Lifecycle) -> String {
     };
     line(format!("[*] --> {}", id(&lifecycle.initial)));
     for way in &lifecycle.transitions {
-        let mut causes: Vec<String> = way.on.clone();
-        for cause in &mut causes {
-            let timeout = lifecycle.timeouts.iter().find(|timeout| timeout.trigger == *cause);
-            if let Some(timeout) = timeout {
-                let after = timeout
-                    .after
-                    .map_or_else(|| "off".to_owned(), |after| humantime::format_duration(after).to_string());
-                let _ = write!(cause, " (after {after})");
+        let mut causes: Vec<String> = Vec::new();
+        for cause in &way.on {
+            match lifecycle.timeouts.iter().find(|timeout| timeout.trigger == *cause).map(|timeout| timeout.after) {
+                None => causes.push(cause.clone()),
+                Some(Some(after)) => causes.push(format!("{cause} (after {})", humantime::format_duration(after))),
+                Some(None) => {} // switched off
             }
         }
         causes.extend(way.by_hand.then(|| "by hand".to_owned()));
-        for from in &way.from {
+        for from in way.from.iter().filter(|_| !causes.is_empty()) {
             line(format!("{} --> {}: {}", id(from), id(&way.to), causes.join(", ")));
         }
     }
