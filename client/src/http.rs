@@ -244,6 +244,9 @@ pub fn refusal(status: StatusCode, body: &[u8]) -> String {
     if let Some(detail) = problem.detail.filter(|_| problem.errors.is_empty()) {
         text.push_str(&format!(": {}", printable(&detail)));
     }
+    if status == StatusCode::UNAUTHORIZED {
+        text.push_str(" (--as or --token says who asks)");
+    }
     for violation in problem.errors {
         let pointer = if violation.pointer.is_empty() { "the body" } else { &violation.pointer };
         text.push_str(&format!("\n  {} {}", printable(pointer), printable(&violation.reason)));

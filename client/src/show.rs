@@ -102,7 +102,7 @@ pub fn order(order: &Order) -> String {
         }
     }
     for item in order.items.iter().flatten() {
-        let (id, price) = (printable(&item.product_id), printable(item.unit_price.get()));
+        let (id, price) = (printable(&item.product_id), printable(item.unit_price.get().trim_matches('"')));
         lines.push(format!("{:<12} {} × {id} at {price}", "item", item.quantity));
     }
     lines.join("\n")
