@@ -257,7 +257,7 @@ impl Config {
         }
         let (wait, most) = (self.api.ack_wait_ms, self.api.ack_wait_max_ms);
         if wait > most {
-            bail!("ACK_WAIT_MS={wait} is more than anybody may wait (ACK_WAIT_MAX_MS={most})");
+            bail!("ACK_WAIT_MS={wait} is more than anybody may wait: lower it, or raise ACK_WAIT_MAX_MS={most}");
         }
         if self.api.max_body_bytes == 0 {
             bail!("MAX_BODY_BYTES=0 would take no order");

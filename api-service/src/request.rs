@@ -382,7 +382,7 @@ impl Check {
     fn payload_id(&mut self, raw: &RawValue) -> Option<String> {
         // Nobody knows here what a number means: each spelling of it is another id.
         let is_number = raw.get().starts_with(|first: char| first == '-' || first.is_ascii_digit());
-        let id = if is_number { Some(raw.get().into()) } else { order::id(raw) };
+        let id = if is_number { Some(raw.get().into()) } else { text(raw) };
         self.checked_id("payload/id", id.filter(|id| !id.is_empty())?.into_owned())
     }
 

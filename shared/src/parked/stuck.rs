@@ -78,8 +78,8 @@ pub async fn stuck(db: &Db, lifecycles: &Lifecycles) -> Result<Stuck, DbError> {
         where due_at < clock_timestamp() - $1::float8 * interval '1 second'
           and (lifecycle || ' ' || status = any ($3::text[]) or lifecycle <> all ($4::text[]))
         order by due_at limit $2";
-    // A first version that an event told of is handled, which makes the second. Of those whose event is in the outbox, or was
-    // parked, it is known why not. The limit comes first: after an outage there may be millions.
+    // A first version that an event told of is handled, which makes the second. Of those whose event is in the
+    // outbox, or was parked, it is known why not. The limit comes first: after an outage there may be millions.
     const UNHANDLED: &str = "
         select o.order_id, o.lifecycle, o.status, o.created_at
         from (select order_id, created_at from order_states_first
