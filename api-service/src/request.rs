@@ -176,7 +176,7 @@ pub(crate) fn parse_with_items(
         if error.is_data() {
             BadRequest::Invalid(vec![Violation::new("", "must be a JSON object")])
         } else {
-            BadRequest::Malformed(format!("the body is not JSON: {error}"))
+            BadRequest::Malformed(format!("the body is not JSON: {}", place(&error)))
         }
     })?;
     let mut check = Check { violations: raw.violations(), malformed: None };
@@ -189,6 +189,11 @@ pub(crate) fn parse_with_items(
         _ if check.violations.is_empty() => Err(BadRequest::Malformed("the body makes no sense".to_owned())),
         _ => Err(BadRequest::Invalid(check.violations)),
     }
+}
+
+/// What is wrong with a JSON text, and where. A line of many orders is one line to its parser, whatever its own number.
+fn place(error: &serde_json::Error) -> String {
+    error.to_string().replace(" at line 1 column ", " at column ")
 }
 
 /// The items of a body.
@@ -412,7 +417,9 @@ impl Check {
         let raw = match text(raw) {
             // payload_json: JSON in a string.
             Some(json) => RawValue::from_string(json.into_owned())
-                .map_err(|error| self.broken("payload", format!("is not JSON: {error}")))
+                .map_err(|error| {
+                    self.broken("payload", format!("as a text (payload_json) must be JSON: {}", place(&error)))
+                })
                 .ok()?,
             None => raw.to_owned(),
         };
@@ -517,6 +524,21 @@ mod tests {
         assert!(may_name_an_order(format!(r#"{{"order_id": "{id}"}}"#).as_bytes()));
         assert!(may_name_an_order(br#"{"order\u005fid": "0198f2a0-0000-7000-8000-000000000001"}"#));
         assert!(!may_name_an_order(br#"{"user_id":"u"}"#) && !may_name_an_order(b""));
+    }
+
+    #[test]
+    fn what_is_no_json_is_told_with_its_place_and_no_line_where_there_is_one_only() {
+        let malformed = |body: &str| match read(body) {
+            Err(BadRequest::Malformed(reason)) => reason,
+            other => panic!("{body}: {other:?}"),
+        };
+        assert!(malformed(r#"{"user_id":}"#).ends_with("expected value at column 12"));
+        assert!(malformed("{\n\"user_id\":}").ends_with("expected value at line 2 column 11"));
+        let payload = match read(r#"{"user_id":"u","payload_json":"{nope}"}"#) {
+            Err(BadRequest::Invalid(violations)) => violations[0].reason.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert!(payload.contains("(payload_json) must be JSON: key must be a string at column 2"), "{payload}");
     }
 
     #[test]
