@@ -54,6 +54,9 @@ struct Connection {
     /// On whose behalf (X-User-Id)
     #[arg(long = "as", global = true, env = "ORDERSTREAM_USER", value_name = "USER")]
     user: Option<String>,
+    /// In what role (X-User-Role): service and admin see everybody's orders, where a gateway says who asks
+    #[arg(long, global = true, env = "ORDERSTREAM_ROLE")]
+    role: Option<String>,
     /// Sent as a bearer token
     #[arg(long, global = true, env = "ORDERSTREAM_TOKEN", hide_env_values = true)]
     token: Option<String>,
@@ -155,13 +158,13 @@ struct Filter {
 /// # Errors
 /// Saying what failed, in the service's words where it refused.
 pub async fn run(cli: Cli) -> anyhow::Result<bool> {
-    let Cli { connection: Connection { url, user, token, json }, command } = cli;
+    let Cli { connection: Connection { url, user, role, token, json }, command } = cli;
     if let Command::Completions { shell } = command {
         clap_complete::generate(shell, &mut Cli::command(), "orderstream", &mut std::io::stdout());
         return Ok(true);
     }
     let given = |text: Option<String>| text.filter(|text| !text.is_empty());
-    let service = Service::new(&url, &Identity { user: given(user), token: given(token) })?;
+    let service = Service::new(&url, &Identity { user: given(user), role: given(role), token: given(token) })?;
     match command {
         Command::Create { file, wait, key } => create(&service, &file, wait, key.as_deref(), json).await?,
         Command::Get { id, user } => {

@@ -52,6 +52,8 @@ pub struct Service {
 pub struct Identity {
     /// `X-User-Id`.
     pub user: Option<String>,
+    /// `X-User-Role`.
+    pub role: Option<String>,
     /// `Authorization: Bearer`.
     pub token: Option<String>,
 }
@@ -79,6 +81,9 @@ impl Service {
         who.insert(USER_AGENT, HeaderValue::from_static(concat!("orderstream/", env!("CARGO_PKG_VERSION"))));
         if let Some(user) = &identity.user {
             who.insert("x-user-id", HeaderValue::from_str(user).context("the user's id cannot stand in a header")?);
+        }
+        if let Some(role) = &identity.role {
+            who.insert("x-user-role", HeaderValue::from_str(role).context("the role cannot stand in a header")?);
         }
         if let Some(token) = &identity.token {
             let mut value = HeaderValue::from_str(&format!("Bearer {token}"))
@@ -245,7 +250,7 @@ pub fn refusal(status: StatusCode, body: &[u8]) -> String {
         text.push_str(&format!(": {}", printable(&detail)));
     }
     if status == StatusCode::UNAUTHORIZED {
-        text.push_str(" (--as or --token says who asks)");
+        text.push_str(" (--as, --role or --token say who asks)");
     }
     for violation in problem.errors {
         let pointer = if violation.pointer.is_empty() { "the body" } else { &violation.pointer };
@@ -270,6 +275,19 @@ mod tests {
             assert!(format!("{error:#}").contains(says), "{url:?} gave {error:#}");
         }
         assert_eq!(Service::new("http://a/shop/", &Identity::default()).expect("a URL").url(), "http://a/shop");
+    }
+
+    #[test]
+    fn who_asks_is_said_in_headers_and_the_token_is_kept_from_logs() {
+        let given = |text: &str| Some(text.to_owned());
+        let identity = Identity { user: given("demo"), role: given("service"), token: given("t") };
+        let who = Service::new("http://a", &identity).expect("a service").who;
+        for (name, value) in [("x-user-id", "demo"), ("x-user-role", "service"), ("authorization", "Bearer t")] {
+            assert_eq!(who[name], value);
+        }
+        assert!(who[AUTHORIZATION].is_sensitive());
+        let error = Service::new("http://a", &Identity { role: given("a\nb"), ..Identity::default() }).err();
+        assert!(error.expect("a refusal").to_string().contains("role cannot stand in a header"));
     }
 
     #[test]
