@@ -457,6 +457,46 @@ async fn stopping_answers_the_lines_that_have_begun_and_says_that_there_is_more(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn stopping_while_the_database_stands_still_refuses_the_lines_that_wait_and_a_repeat_completes_them() {
+    const LINES: usize = 1_000;
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let api = system.api_with(&[("SHUTDOWN_TIMEOUT_MS", "4000"), ("DB_WRITE_TIMEOUT", "60s")]).await;
+    let mut holder = system.db.connect().await;
+    let hold = holder.transaction().await.expect("a transaction");
+    hold.batch_execute("lock table orders in exclusive mode").await.expect("the lock");
+    let user = unique("user");
+    let all = body((0..LINES).map(|n| order(&user, n)));
+    let mut upload = Upload::begin(api.http()).await;
+    upload.send(all.as_bytes()).await.expect("sending");
+    eventually("a write that waits for the lock", || async {
+        let sql = "select count(*) from pg_locks where not granted and relation = 'orders'::regclass \
+                   and database = (select oid from pg_database where datname = current_database())";
+        match system.db.number(sql, &[]).await {
+            0 => Err("none".to_owned()),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    api.sigterm();
+    let summary = upload.receive_summary().await;
+    assert_eq!((&summary["created"], &summary["complete"]), (&json!(0), &json!(false)), "{summary}");
+    let (answers, _) = split(upload.lines());
+    assert!(answers.iter().all(|answer| answer["status"] == 503), "{summary}");
+    drop(upload);
+    assert!(api.exit_within(Duration::from_secs(6)).await.success());
+    hold.rollback().await.expect("the lock to go");
+
+    let other = system.api().await;
+    let _worker = system.worker().await;
+    let (_, answer) = bulk(other.http(), "", all).await;
+    let (answers, summary) = split(answer);
+    assert_eq!((&summary["failed"], &summary["complete"]), (&json!(0), &json!(true)), "{summary}");
+    settled(&system, accepted(&answers)).await;
+    assert_eq!(orders_in(&system).await, LINES as i64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_database_a_bulk_request_ends_early_and_a_repeat_completes_it() {
     const LINES: usize = 20_000;
     let _turn = beside_others().await;
