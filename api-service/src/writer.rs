@@ -6,11 +6,14 @@
 //! refuses the rows, they are tried in halves. When the connection is lost nothing is tried
 //! again, since the commit may have been made: the caller hears so, and may safely repeat.
 
+mod changes;
+mod claims;
+mod creates;
 mod together;
 mod work;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -18,8 +21,7 @@ use shared::{
     cache::Cache,
     db::{Connection, Db, DbError, Fault},
     lifecycle::Lifecycles,
-    message::now,
-    outbox::{Outbox, Placed},
+    outbox::Outbox,
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
@@ -29,24 +31,9 @@ use tokio_util::{
     sync::CancellationToken,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
-use uuid::Uuid;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
-use crate::{
-    change::{self, Context, Decided},
-    error::Problem,
-    idempotency::Claim,
-    orders::Operation,
-    store::{
-        change as store_change,
-        change::ChangedRow,
-        insert,
-        insert::NewRow,
-        keys::{self, KeyRow, Known},
-        read::{self, Reference},
-    },
-    waiters::Wake,
-};
+use crate::{error::Problem, orders::Operation, waiters::Wake};
 
 /// Most changes in one transaction. Beyond a few hundred little is won while all keep up; but when
 /// thousands of connections have something to say, the processors are theirs for most of the time,
@@ -330,200 +317,6 @@ impl Task {
         }
         Ok(part.iter().map(|_| Err(Problem::Unavailable("too many changes at once to the same orders"))).collect())
     }
-
-    async fn create(
-        &self,
-        connection: &Connection,
-        part: &[Command],
-    ) -> Result<Vec<Result<Written, Problem>>, DbError> {
-        let deadline = self.db.settings.write_timeout;
-        let rows: Vec<(&NewRow, Option<&Claim>)> = part
-            .iter()
-            .filter_map(|command| match &command.work {
-                Work::Create(row) => Some((&**row, command.origin.claim.as_ref())),
-                Work::Update(_) | Work::Delete(_) | Work::Move(_) => None,
-            })
-            .collect();
-        let began = Instant::now();
-        let (stored, claimed) = if rows.iter().any(|(_, claim)| claim.is_some()) {
-            connection.transaction(deadline, self.insert_claimed(connection, &rows)).await?
-        } else {
-            let rows: Vec<&NewRow> = rows.iter().map(|(row, _)| *row).collect();
-            let stored = insert::insert_orders(connection, &rows, &self.topic);
-            (connection.within(deadline, stored).await?, HashSet::new())
-        };
-        let placed = rows.iter().filter_map(|(row, _)| Some(placed(row, stored.get(&row.order_id)?)));
-        self.outbox.publish(placed.collect(), began);
-        let new = rows.iter().filter(|(row, _)| stored.contains_key(&row.order_id));
-        self.cache.forget(new.map(|(row, _)| (row.order_id, row.user_id.as_str()))).await;
-        // Many are lost where a client sends again what broke off: looked for all at once.
-        let lost = rows.iter().filter(|(row, claim)| claim.is_none() && !stored.contains_key(&row.order_id));
-        let lost: Vec<&NewRow> = lost.map(|(row, _)| *row).collect();
-        let holders = connection.within(deadline, holders(connection, &lost)).await.unwrap_or_default();
-        let mut results = Vec::with_capacity(rows.len());
-        for (row, claim) in rows {
-            // Its neighbours are stored: what goes wrong from here on is this one's alone.
-            let result = match (holders.get(&row.order_id), claim) {
-                _ if stored.contains_key(&row.order_id) => Ok(Ok(written(row))),
-                (_, Some(claim)) if !claimed.contains(&row.correlation_id) => {
-                    connection.within(deadline, replay(connection, claim)).await
-                }
-                (Some(holder), None) if !holder.deleted => Ok(holder.before(row)),
-                (_, claim) => self.create_again(connection, row, claim).await,
-            };
-            results.push(result.unwrap_or_else(|error| Err(error.into())));
-        }
-        Ok(results)
-    }
-
-    /// Takes the rows' keys first, and stores those whose key was free, or that have none. Where
-    /// their events lie, and whose keys were free.
-    async fn insert_claimed(
-        &self,
-        connection: &Connection,
-        rows: &[(&NewRow, Option<&Claim>)],
-    ) -> Result<(HashMap<Uuid, String>, HashSet<Uuid>), DbError> {
-        let keys: Vec<KeyRow<'_>> = rows.iter().filter_map(|(row, claim)| Some(key_row(row, (*claim)?))).collect();
-        let claimed = keys::claim_keys(connection, &keys, now()).await?;
-        let is_free =
-            |(row, claim): &&(&NewRow, Option<&Claim>)| claim.is_none() || claimed.contains(&row.correlation_id);
-        let fresh: Vec<&NewRow> = rows.iter().filter(is_free).map(|(row, _)| *row).collect();
-        let stored = match fresh.as_slice() {
-            [] => HashMap::new(),
-            fresh => insert::insert_orders(connection, fresh, &self.topic).await?,
-        };
-        // Somebody has their external id: what their key has done is not decided yet.
-        let in_vain: Vec<&Claim> = rows
-            .iter()
-            .filter(is_free)
-            .filter(|(row, _)| !stored.contains_key(&row.order_id))
-            .filter_map(|(_, claim)| *claim)
-            .collect();
-        if !in_vain.is_empty() {
-            keys::free_keys(connection, &in_vain).await?;
-        }
-        Ok((stored, claimed))
-    }
-
-    /// An order whose external id was taken: by the same order, another one, or a deleted one.
-    async fn create_again(
-        &self,
-        connection: &Connection,
-        row: &NewRow,
-        claim: Option<&Claim>,
-    ) -> Result<Result<Written, Problem>, DbError> {
-        let deadline = self.db.settings.write_timeout;
-        let external_id = row.external_id.as_deref().unwrap_or_default();
-        // When a deleted order's id was taken by somebody quicker, that one has it; unless it is
-        // deleted, too, by the time we look.
-        for _ in 0..CONTENTION_RETRIES {
-            let found = connection.within(deadline, read::reference(connection, &row.user_id, external_id)).await?;
-            let Some(found) = found else { break };
-            if !found.deleted {
-                let before = found.before(row);
-                return match (before, claim) {
-                    (Ok(before @ Written::Before { order_id, correlation_id }), Some(claim)) => {
-                        let key = KeyRow { order_id, correlation_id, ..key_row(row, claim) };
-                        connection.within(deadline, note_key(connection, key, before)).await
-                    }
-                    (before, _) => Ok(before),
-                };
-            }
-            let began = Instant::now();
-            let work = async {
-                if let Some(claim) = claim
-                    && keys::claim_keys(connection, &[key_row(row, claim)], now()).await?.is_empty()
-                {
-                    return Ok(Err(replay(connection, claim).await?));
-                }
-                let place = insert::insert_in_place_of_deleted(connection, row, &self.topic).await?;
-                if let (None, Some(claim)) = (&place, claim) {
-                    keys::free_keys(connection, &[claim]).await?;
-                }
-                Ok(Ok(place))
-            };
-            match connection.transaction(deadline, work).await? {
-                Ok(Some(place)) => {
-                    self.outbox.publish(vec![placed(row, &place)], began);
-                    self.cache.forget([(row.order_id, row.user_id.as_str())]).await;
-                    return Ok(Ok(written(row)));
-                }
-                Ok(None) => {}
-                Err(replayed) => return Ok(replayed),
-            }
-        }
-        Ok(Err(Problem::Unavailable("this external id is being taken by others")))
-    }
-
-    async fn change(
-        &self,
-        connection: &Connection,
-        part: &[Command],
-    ) -> Result<Vec<Result<Written, Problem>>, DbError> {
-        let ids: Vec<Uuid> =
-            part.iter().map(|command| command.work.target().map_or(Uuid::nil(), |target| target.order_id)).collect();
-        let work = async {
-            let locked = store_change::lock_orders(connection, &ids).await?;
-            // After the locks: what happened before us has an earlier time than we.
-            let (at, began) = (now(), Instant::now());
-            let mut locked: HashMap<_, _> = locked.into_iter().map(|order| (order.order_id, order)).collect();
-            let known = known_keys(connection, part.iter()).await?;
-            let mut rows = Vec::with_capacity(part.len());
-            let mut results = Vec::with_capacity(part.len());
-            for (index, (command, order_id)) in part.iter().zip(&ids).enumerate() {
-                let (lifecycles, topic) = (self.lifecycles, self.topic.as_str());
-                let context = Context { lifecycles, origin: &command.origin, at, topic };
-                let decided = match (replayed(command, &known), locked.remove(order_id)) {
-                    (Some(replayed), _) => {
-                        results.push(replayed);
-                        continue;
-                    }
-                    (None, Some(order)) => change::decide(order, &command.work, context),
-                    (None, None) => Err(Problem::UnknownOrder),
-                };
-                results.push(decided.map(|Decided { row, written }| {
-                    rows.push((index, row));
-                    written
-                }));
-            }
-            let claims: Vec<KeyRow<'_>> = rows
-                .iter()
-                .filter_map(|(index, row)| {
-                    let (order_id, version, correlation_id) =
-                        (row.order.order_id, row.order.version, row.correlation_id);
-                    Some(KeyRow { claim: part[*index].origin.claim.as_ref()?, order_id, version, correlation_id })
-                })
-                .collect();
-            if !claims.is_empty() {
-                // Who has the same key for another order, and was quicker.
-                let claimed = keys::claim_keys(connection, &claims, at).await?;
-                let is_lost = |row: &ChangedRow, index: usize| {
-                    part[index].origin.claim.is_some() && !claimed.contains(&row.correlation_id)
-                };
-                if claimed.len() < claims.len() {
-                    let lost: Vec<usize> =
-                        rows.iter().filter(|(index, row)| is_lost(row, *index)).map(|(index, _)| *index).collect();
-                    rows.retain(|(index, _)| !lost.contains(index));
-                    let known = known_keys(connection, lost.iter().map(|index| &part[*index])).await?;
-                    for index in lost {
-                        results[index] = replayed(&part[index], &known).unwrap_or(Err(KEY_CONTENDED));
-                    }
-                }
-            }
-            let rows: Vec<ChangedRow> = rows.into_iter().map(|(_, row)| row).collect();
-            let sent = match rows.as_slice() {
-                [] => Vec::new(),
-                rows => store_change::write_changes(connection, rows, at).await?,
-            };
-            let changed: Vec<(Uuid, String)> =
-                rows.into_iter().map(|row| (row.order.order_id, row.order.user_id)).collect();
-            Ok((sent, changed, results, began))
-        };
-        let (sent, changed, results, began) = connection.transaction(self.db.settings.write_timeout, work).await?;
-        self.outbox.publish(sent, began);
-        self.cache.forget(changed.iter().map(|(order_id, user_id)| (*order_id, user_id.as_str()))).await;
-        Ok(results)
-    }
 }
 
 /// Tells how many changes are durable now, at once for all of a batch.
@@ -534,83 +327,5 @@ fn count_accepted<'a>(results: impl Iterator<Item = (Operation, &'a Result<Writt
     }
     for (operation, count) in counts {
         metrics::counter!("orderstream_orders_accepted_total", "op" => operation).increment(count);
-    }
-}
-
-const KEY_CONTENDED: Problem = Problem::Unavailable("this Idempotency-Key is being used by others");
-
-/// What is known of the keys of these commands.
-async fn known_keys<'a>(
-    connection: &Connection,
-    commands: impl Iterator<Item = &'a Command>,
-) -> Result<Vec<Known>, DbError> {
-    let claims: Vec<&Claim> = commands.filter_map(|command| command.origin.claim.as_ref()).collect();
-    if claims.is_empty() { Ok(Vec::new()) } else { keys::find_keys(connection, &claims).await }
-}
-
-/// What the command's key has done before, if it did.
-fn replayed(command: &Command, known: &[Known]) -> Option<Result<Written, Problem>> {
-    let claim = command.origin.claim.as_ref()?;
-    let known = known.iter().find(|known| known.scope == claim.scope && known.key == claim.key)?;
-    Some(claim.replay(known.clone()).map(|known| Written::Repeated(Box::new(known))))
-}
-
-/// What this key has done, that somebody else has taken.
-async fn replay(connection: &Connection, claim: &Claim) -> Result<Result<Written, Problem>, DbError> {
-    let known = keys::find_keys(connection, &[claim]).await?.pop();
-    Ok(known.ok_or(KEY_CONTENDED).and_then(|known| claim.replay(known)).map(|known| Written::Repeated(Box::new(known))))
-}
-
-/// Keeps what the key's request has found done before, unless the key has done something itself.
-async fn note_key(
-    connection: &Connection,
-    key: KeyRow<'_>,
-    before: Written,
-) -> Result<Result<Written, Problem>, DbError> {
-    if keys::claim_keys(connection, std::slice::from_ref(&key), now()).await?.is_empty() {
-        return replay(connection, key.claim).await;
-    }
-    Ok(Ok(before))
-}
-
-fn key_row<'a>(row: &NewRow, claim: &'a Claim) -> KeyRow<'a> {
-    KeyRow { claim, order_id: row.order_id, version: 1, correlation_id: row.correlation_id }
-}
-
-/// Who has the external ids of these, by the order that wanted one.
-async fn holders(connection: &Connection, rows: &[&NewRow]) -> Result<HashMap<Uuid, Reference>, DbError> {
-    if rows.len() < 2 {
-        return Ok(HashMap::new());
-    }
-    let ids = rows.iter().map(|row| (row.user_id.as_str(), row.external_id.as_deref().unwrap_or_default()));
-    let found = read::references(connection, &ids.collect::<Vec<_>>()).await?;
-    Ok(found.into_iter().filter_map(|(place, holder)| Some((rows.get(place)?.order_id, holder))).collect())
-}
-
-impl Reference {
-    /// Is the order that has the external id of this one the same?
-    fn before(&self, row: &NewRow) -> Result<Written, Problem> {
-        match self.correlation_id {
-            Some(correlation_id) if self.fingerprint == row.fingerprint.0.to_be_bytes() => {
-                Ok(Written::Before { order_id: self.order_id, correlation_id })
-            }
-            _ => Err(Problem::ExternalIdTaken { order_id: self.order_id }),
-        }
-    }
-}
-
-fn placed(row: &NewRow, place: &str) -> Placed {
-    Placed { message: row.event.clone(), place: place.to_owned() }
-}
-
-fn written(row: &NewRow) -> Written {
-    Written::Now {
-        order_id: row.order_id,
-        state: Box::new(change::State {
-            status: row.status.to_owned(),
-            version: 1,
-            amount: row.amount.and_then(|amount| amount.try_into().ok()),
-            currency: row.currency.clone(),
-        }),
     }
 }

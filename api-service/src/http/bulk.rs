@@ -7,12 +7,13 @@
 
 mod answer;
 mod lines;
+mod reader;
+mod together;
 
 use std::{
     collections::HashMap,
     convert::Infallible,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
 use axum::{
@@ -22,36 +23,25 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use futures_util::{Stream, StreamExt as _, stream};
-use shared::message::Headers;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::timeout,
-};
-use tokio_util::{
-    sync::CancellationToken,
-    task::{AbortOnDropHandle, TaskTracker},
-};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use utoipa::IntoParams;
 use uuid::Uuid;
-use xxhash_rust::xxh3::xxh3_128;
 
-use self::{
-    answer::Summary,
-    lines::{BYTE_ORDER_MARK, Cut, Line, Lines},
-};
+use self::{answer::Summary, lines::Lines, reader::Reader};
 use super::{
     App, BODY_TIMEOUT,
     openapi::{self, ProblemDetails},
-    orders::{DRAIN_LIMIT, is_coded, read_body, trace},
+    orders::{is_coded, trace},
 };
 use crate::{
     error::{MAX_ERRORS, Problem},
     identity::Caller,
     orders::{Done, Operation},
-    request::{self, NewOrder, Upsert},
-    writer::{Origin, Queued, Stored},
+    request::{self, Upsert},
+    writer::{Queued, Stored},
 };
 
 /// Bulk requests at once: each holds a line, results that are not taken yet, and refusals.
@@ -61,27 +51,14 @@ const PLACES_OF_ONE: usize = 8;
 /// Lines of one request that are queued, or whose results nobody has taken yet: what the writer
 /// takes of all bulk requests together, so that one alone keeps it busy.
 const WINDOW: usize = 1_024;
-/// What refusals that nobody has taken yet may come to, in KiB: a line of a few bytes can break
-/// many rules.
-const REFUSALS_KIB: usize = 1_024;
 /// Repeats that are looked up at the same time, on as many connections as there are.
 const LOOK_UPS: usize = 32;
 /// Results that are sent as one piece, if so many are there.
 const PIECE: usize = 128;
 /// So many lines in a row that cannot be stored now, and we stop: it is not about them.
 const GIVE_UP_AFTER: u64 = 256;
-/// After the last line of an answer that comes early, as long as this the client is listened to.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// What can be stored all or nothing: it is held as a whole, and other writers may wait for it.
-const TOGETHER_LINES: usize = 10_000;
-const TOGETHER_BYTES: usize = 16 * 1024 * 1024;
-/// So many such requests are held at the same time; the next waits before it is read.
+/// So many requests that are stored all or nothing are held at the same time; the next waits before it is read.
 const TOGETHER_PLACES: usize = 2;
-/// What broken rules are kept of such a request, in bytes; beyond that, the beginning of one of each
-/// line.
-const TOGETHER_ERRORS: usize = 1024 * 1024;
-const BEGINNING: usize = 64;
 
 pub(crate) struct Places {
     any: Arc<Semaphore>,
@@ -166,7 +143,7 @@ pub(super) async fn submit(
     let place = app.bulk_places.take(&caller)?;
     match policy {
         Policy::RejectFailed => each(app, caller, &parts.headers, body, place).await,
-        Policy::RejectAll => together(&app, &caller, &parts.headers, body, place).await,
+        Policy::RejectAll => together::together(&app, &caller, &parts.headers, body, place).await,
     }
 }
 
@@ -247,18 +224,7 @@ async fn each(app: App, caller: Caller, headers: &HeaderMap, body: Body, place: 
     }
     let (items, mut received) = mpsc::channel(WINDOW);
     let hopeless = CancellationToken::new();
-    let reader = Reader {
-        lines,
-        app: app.clone(),
-        caller,
-        trace: trace(headers),
-        items,
-        hopeless: hopeless.clone(),
-        refusals: Arc::new(Semaphore::new(REFUSALS_KIB)),
-        queued: TaskTracker::new(),
-        recent: Recent::default(),
-        last: Kind::Other,
-    };
+    let reader = Reader::new(app.clone(), caller, trace(headers), lines, items, hopeless.clone());
     let reader = AbortOnDropHandle::new(tokio::spawn(reader.run()));
     let items = stream::poll_fn(move |context| received.poll_recv(context));
     Ok(answer(app, StatusCode::OK, items, hopeless, (reader, place)))
@@ -341,140 +307,6 @@ impl Answers {
     }
 }
 
-/// Lines of which one kind must not overtake the other: a deleted order's external id may be used
-/// again, and the writer keeps the order of each kind only.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Deletes,
-    TakesExternalId,
-    Other,
-}
-
-impl Kind {
-    fn of(upsert: &Upsert) -> Self {
-        match upsert {
-            Upsert::Delete(_) => Self::Deletes,
-            Upsert::Create(NewOrder { external_id: Some(_), .. }) => Self::TakesExternalId,
-            Upsert::Create(_) | Upsert::Update(_) => Self::Other,
-        }
-    }
-}
-
-struct Reader<S> {
-    lines: Lines<S>,
-    app: App,
-    caller: Caller,
-    trace: Headers,
-    items: mpsc::Sender<Item>,
-    /// Nothing can be stored any more.
-    hopeless: CancellationToken,
-    refusals: Arc<Semaphore>,
-    /// Those that the writer is not done with.
-    queued: TaskTracker,
-    recent: Recent,
-    last: Kind,
-}
-
-/// Which orders and external ids the last lines were about. A second change of one is not queued
-/// before the first is done: thousands of one order would keep the writer from the orders of others.
-#[derive(Default)]
-struct Recent {
-    lines: HashMap<u128, u64>,
-    line: u64,
-}
-
-impl Recent {
-    /// More lines than can be queued at the same time.
-    const KEPT: u64 = 2 * WINDOW as u64;
-
-    /// Was one of the last lines about the same?
-    fn has(&mut self, key: Option<u128>) -> bool {
-        self.line += 1;
-        let oldest = self.line.saturating_sub(Self::KEPT);
-        if self.lines.len() as u64 > 2 * Self::KEPT {
-            self.lines.retain(|_, line| *line >= oldest);
-        }
-        let before = key.and_then(|key| self.lines.insert(key, self.line));
-        before.is_some_and(|line| line >= oldest)
-    }
-}
-
-impl<S, E> Reader<S>
-where
-    S: Stream<Item = Result<Bytes, E>> + Unpin,
-{
-    async fn run(mut self) {
-        let (leaving, hopeless) = (self.app.leaving.clone(), self.hopeless.clone());
-        let reason = tokio::select! {
-            biased;
-            () = leaving.cancelled() => Some("shutting down; send the rest again"),
-            () = hopeless.cancelled() => Some("nothing can be stored now; send all again later"),
-            reason = self.read() => reason,
-        };
-        if self.items.send(Item::End(reason)).await.is_ok() && reason.is_some() {
-            self.lines.drain(DRAIN_LIMIT, LAST_WORDS).await;
-        }
-    }
-
-    /// Until there are no more lines; says why, if that is not the end of the body.
-    async fn read(&mut self) -> Option<&'static str> {
-        loop {
-            let (line, upsert) = match self.lines.next().await {
-                Ok(None) => return None,
-                Err(Cut::TooSlow) => return Some("no line arrived whole in time"),
-                Err(Cut::BrokenOff) => return Some("the body broke off"),
-                Ok(Some(Line::TooLong(line))) => (line, Err(Problem::TooLarge { limit: self.app.max_body_bytes })),
-                Ok(Some(Line::Whole(line, bytes))) => (line, parse(&bytes, &self.caller, &self.app)),
-            };
-            let item = match upsert {
-                Ok(upsert) => self.queue(line, upsert).await,
-                Err(problem) => refuse(self.refusals.clone(), line, problem).await,
-            };
-            if self.items.send(item).await.is_err() {
-                return Some("nobody listens any more");
-            }
-        }
-    }
-
-    async fn queue(&mut self, line: u64, upsert: Upsert) -> Item {
-        let kind = Kind::of(&upsert);
-        let changes_kind = kind != Kind::Other && kind != self.last;
-        let overtakes = changes_kind && self.last != Kind::Other;
-        if changes_kind {
-            self.last = kind;
-        }
-        if self.recent.has(key(&upsert)) || overtakes {
-            self.queued.close();
-            self.queued.wait().await;
-            self.queued.reopen();
-            self.recent = Recent::default();
-            self.recent.has(key(&upsert));
-        }
-        let correlation_id = Uuid::now_v7();
-        let origin = Origin { correlation_id, reply_to: None, trace: self.trace.clone(), expected: None, claim: None };
-        let work = self.app.orders.work(upsert, &origin);
-        let operation = work.operation();
-        match self.app.orders.writer.queue(work, origin, &self.queued).await {
-            Ok(queued) => Item::Queued { line, operation, correlation_id, queued },
-            Err(problem) => Item::Refused { line, problem, _room: None },
-        }
-    }
-}
-
-/// The order, or the external id of a new one.
-fn key(upsert: &Upsert) -> Option<u128> {
-    match upsert {
-        Upsert::Create(order) => order.external_id.as_deref().map(|id| xxh3_128(id.as_bytes())),
-        Upsert::Update(change) => Some(change.target.order_id.as_u128()),
-        Upsert::Delete(target) => Some(target.order_id.as_u128()),
-    }
-}
-
-async fn refuse(room: Arc<Semaphore>, line: u64, problem: Problem) -> Item {
-    let kib = u32::try_from((size(&problem) / 1024).clamp(1, REFUSALS_KIB)).unwrap_or(1);
-    Item::Refused { line, problem, _room: room.acquire_many_owned(kib).await.ok() }
-}
-
 fn parse(line: &[u8], caller: &Caller, app: &App) -> Result<Upsert, Problem> {
     request::parse(line, caller, &app.defaults).map_err(|error| {
         let mut problem = Problem::from(error);
@@ -486,66 +318,6 @@ fn parse(line: &[u8], caller: &Caller, app: &App) -> Result<Upsert, Problem> {
     })
 }
 
-/// All lines or none.
-async fn together(
-    app: &App,
-    caller: &Caller,
-    headers: &HeaderMap,
-    body: Body,
-    place: Place,
-) -> Result<Response, Problem> {
-    const TOO_MUCH: Problem = Problem::TooMuchTogether { lines: TOGETHER_LINES, bytes: TOGETHER_BYTES };
-    let turn = timeout(BODY_TIMEOUT, app.bulk_places.together.clone().acquire_owned()).await;
-    let Ok(Ok(turn)) = turn else {
-        return Err(Problem::Unavailable("too many bulk requests with policy=reject-all at once"));
-    };
-    let whole = read_body(headers, body, TOGETHER_BYTES, &app.body_room).await.map_err(|problem| match problem {
-        Problem::TooLarge { .. } => TOO_MUCH,
-        other => other,
-    })?;
-    let mut parsed: Vec<(u64, Result<Box<NewOrder>, Problem>)> = Vec::new();
-    let mut errors = 0;
-    let text = whole.bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&whole.bytes);
-    for (line, number) in text.split(|byte| *byte == b'\n').zip(1..) {
-        if line.trim_ascii().is_empty() {
-            continue;
-        }
-        if parsed.len() == TOGETHER_LINES {
-            return Err(TOO_MUCH);
-        }
-        let mut order = if line.len() > app.max_body_bytes {
-            Err(Problem::TooLarge { limit: app.max_body_bytes })
-        } else {
-            parse(line, caller, app).and_then(only_new)
-        };
-        if let Err(problem) = &mut order {
-            if errors > TOGETHER_ERRORS {
-                shorten(problem);
-            }
-            errors += size(problem);
-        }
-        parsed.push((number, order));
-        if number % 256 == 0 {
-            tokio::task::yield_now().await;
-        }
-    }
-    drop(whole);
-
-    let (numbers, orders): (Vec<u64>, Vec<_>) = parsed.into_iter().unzip();
-    let orders = match orders.iter().any(Result::is_err) {
-        true => {
-            let refused = orders.into_iter().map(|order| Err(order.err().unwrap_or(Problem::AnotherRefused)));
-            // Whoever comes next need not wait until all of it is read.
-            drop(turn);
-            return Ok(render_together(app, numbers, refused.collect(), place));
-        }
-        false => orders.into_iter().flatten().map(|order| *order).collect(),
-    };
-    let results = app.orders.create_together(orders, &trace(headers)).await?;
-    drop(turn);
-    Ok(render_together(app, numbers, results, place))
-}
-
 /// About how much memory a refusal holds.
 fn size(problem: &Problem) -> usize {
     match problem {
@@ -553,55 +325,4 @@ fn size(problem: &Problem) -> usize {
         Problem::Malformed(detail) => detail.len(),
         _ => 0,
     }
-}
-
-/// To the beginning of its first reason.
-fn shorten(problem: &mut Problem) {
-    let beginning = |text: &mut String| {
-        if let Some((end, _)) = text.char_indices().nth(BEGINNING) {
-            text.truncate(end);
-            text.push('…');
-            text.shrink_to_fit();
-        }
-    };
-    match problem {
-        Problem::Invalid(violations) => {
-            violations.truncate(1);
-            violations.shrink_to_fit();
-            for violation in violations {
-                beginning(&mut violation.pointer);
-                beginning(&mut violation.reason);
-            }
-        }
-        Problem::Malformed(detail) => beginning(detail),
-        _ => {}
-    }
-}
-
-fn only_new(upsert: Upsert) -> Result<Box<NewOrder>, Problem> {
-    match upsert {
-        Upsert::Create(order) => Ok(Box::new(order)),
-        Upsert::Update(_) | Upsert::Delete(_) => Err(Problem::Invalid(vec![shared::order::Violation::new(
-            "/order_id",
-            "with policy=reject-all only new orders are taken",
-        )])),
-    }
-}
-
-/// As the lines of all others; that nothing was stored is also said by the status, which is known
-/// before anything is sent.
-fn render_together(
-    app: &App,
-    lines: Vec<u64>,
-    results: Vec<Result<Stored, Problem>>,
-    held: impl Send + 'static,
-) -> Response {
-    let refused = results.iter().any(Result::is_err);
-    let status = if refused { StatusCode::UNPROCESSABLE_ENTITY } else { StatusCode::OK };
-    let items = lines.into_iter().zip(results).map(|(line, result)| match result {
-        Ok(stored) => Item::Stored { line, stored },
-        Err(problem) => Item::Refused { line, problem, _room: None },
-    });
-    let items = stream::iter(items.chain([Item::End(None)]));
-    answer(app.clone(), status, items, CancellationToken::new(), held)
 }

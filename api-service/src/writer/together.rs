@@ -9,7 +9,10 @@ use shared::{
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{BATCH, CONTENTION_RETRIES, Writer, Written, count_accepted, placed, written};
+use super::{
+    BATCH, CONTENTION_RETRIES, Writer, Written, count_accepted,
+    creates::{placed, written},
+};
 use crate::{
     error::Problem,
     orders::Operation,
