@@ -106,8 +106,6 @@ impl Drop for Waiter {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use shared::message::AckStatus;
 
     use super::*;
@@ -149,12 +147,12 @@ mod tests {
         assert_eq!(waiter.answered().await.unwrap().order_version, 7);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_late_answer_finds_nobody_and_is_not_even_read() {
         let waiters = Waiters::new(1);
         let mut waiter = waiters.register(Uuid::now_v7()).unwrap();
         let id = waiter.id;
-        assert!(tokio::time::timeout(Duration::from_secs(5), waiter.answered()).await.is_err());
+        assert!(futures_util::poll!(std::pin::pin!(waiter.answered())).is_pending());
         drop(waiter);
         waiters.answer(id, || panic!("nobody waits"));
         assert!(waiters.0.senders.is_empty());

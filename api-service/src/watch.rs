@@ -295,7 +295,7 @@ mod tests {
         watchers.register(order_id, 0).unwrap();
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn when_the_process_leaves_all_streams_end_and_none_begins() {
         let watchers = Watchers::new(2, Lifecycles::embedded().unwrap());
         let mut watch = watchers.register(Uuid::now_v7(), 0).unwrap();

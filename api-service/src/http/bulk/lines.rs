@@ -136,6 +136,9 @@ mod tests {
 
     const LIMIT: usize = 8;
 
+    /// Short: it is waited for to its end.
+    const PATIENCE: Duration = Duration::from_millis(100);
+
     async fn all(chunks: Vec<Vec<u8>>) -> Vec<Line> {
         let body = stream::iter(chunks.into_iter().map(|chunk| Ok::<_, Infallible>(Bytes::from(chunk))));
         let mut lines = Lines::new(body, LIMIT, Duration::from_secs(1));
@@ -168,23 +171,23 @@ mod tests {
         assert_eq!(all(marked.chunks(1).map(<[u8]>::to_vec).collect()).await, expected);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn empty_lines_give_no_more_time() {
         let idle = stream::unfold((), |()| async {
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            tokio::time::sleep(PATIENCE * 3 / 10).await;
             Some((Ok::<_, Infallible>(Bytes::from_static(b" \n")), ()))
         });
-        let mut lines = Lines::new(Box::pin(idle), LIMIT, Duration::from_secs(1));
+        let mut lines = Lines::new(Box::pin(idle), LIMIT, PATIENCE);
         assert_eq!(lines.next().await, Err(Cut::TooSlow));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_line_that_does_not_end_is_not_waited_for() {
         let slow = stream::unfold((), |()| async {
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            tokio::time::sleep(PATIENCE * 3 / 10).await;
             Some((Ok::<_, Infallible>(Bytes::from_static(b"x")), ()))
         });
-        let mut lines = Lines::new(Box::pin(slow), LIMIT, Duration::from_secs(1));
+        let mut lines = Lines::new(Box::pin(slow), LIMIT, PATIENCE);
         assert_eq!(lines.next().await, Err(Cut::TooSlow));
     }
 
