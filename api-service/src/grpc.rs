@@ -27,25 +27,25 @@ use proto::{
 /// A health check names a service, and a question about the API a file or a symbol.
 const QUESTION_BYTES: usize = 4096;
 
-/// What `build.rs` made of `proto/`.
+/// Generated from `proto/` by `make proto`.
 #[allow(unused_qualifications, clippy::all)]
 mod proto {
     pub mod order {
-        tonic::include_proto!("order");
+        include!("grpc/proto/order.rs");
     }
     pub mod orders {
         pub mod models {
             pub mod v1 {
-                tonic::include_proto!("orders.models.v1");
+                include!("grpc/proto/orders.models.v1.rs");
             }
         }
         pub mod service {
             pub mod v1 {
-                tonic::include_proto!("orders.service.v1");
+                include!("grpc/proto/orders.service.v1.rs");
             }
         }
     }
-    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+    pub const DESCRIPTORS: &[u8] = include_bytes!("grpc/proto/descriptors.bin");
 }
 
 /// # Errors
@@ -95,4 +95,25 @@ fn methods<S: NamedService>(_: &S) -> String {
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
     crate::http::log_panic(&*panic);
     Status::from(Problem::Internal).into_http()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use xxhash_rust::xxh3::xxh3_64;
+
+    #[test]
+    fn the_generated_code_is_of_these_sources() {
+        let proto = concat!(env!("CARGO_MANIFEST_DIR"), "/../proto");
+        let mut listed = 0;
+        for line in include_str!("grpc/proto/sources.xxh3").lines() {
+            let (digest, source) = line.split_once("  ").expect("a digest and a file");
+            let text = fs::read(format!("{proto}/{source}")).unwrap();
+            assert_eq!(format!("{:016x}", xxh3_64(&text)), digest, "proto/{source} has changed: run `make proto`");
+            listed += 1;
+        }
+        let folders = ["order", "orders"].map(|folder| fs::read_dir(format!("{proto}/{folder}")).unwrap().count());
+        assert_eq!(listed, folders.iter().sum::<usize>(), "a file of proto/ is not generated from: see proto/generate");
+    }
 }
