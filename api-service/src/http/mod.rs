@@ -10,6 +10,7 @@ mod lists;
 pub(crate) mod openapi;
 mod operations;
 pub(crate) mod orders;
+mod pages;
 pub(crate) mod prefer;
 pub(crate) mod reads;
 mod retail;
@@ -20,7 +21,7 @@ use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duratio
 
 use axum::{
     Router,
-    extract::{Path, Request},
+    extract::Request,
     http::{Extensions, HeaderMap},
     response::{IntoResponse as _, Redirect, Response},
     routing::get,
@@ -44,7 +45,7 @@ use crate::{
 };
 
 use headers::Origins;
-use openapi::{Document, Documents};
+use openapi::Document;
 pub(crate) use retail::Retail;
 
 /// A body that has not arrived by then is not waited for.
@@ -113,19 +114,12 @@ fn documented() -> (Router<App>, utoipa::openapi::OpenApi) {
 
 fn router(app: App) -> Router {
     let (router, document) = documented();
-    let documents = Documents::new(&document);
-    let (document, pages) = (documents.clone(), documents);
+    let document = openapi::Sent::new(&document);
     router
-        .route("/openapi.json", get(async move || document.document()))
+        .route("/openapi.json", get(async move || document))
         .route("/docs", get(async || Redirect::permanent("docs/")))
-        .route(
-            "/docs/",
-            get({
-                let pages = pages.clone();
-                async move || pages.page(None)
-            }),
-        )
-        .route("/docs/{*file}", get(async move |file: Path<String>| pages.page(Some(file))))
+        .route("/docs/", get(pages::index))
+        .route("/docs/{*file}", get(pages::file))
         .fallback(|| async { Problem::UnknownRoute })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
         .with_state(app)

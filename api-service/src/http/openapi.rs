@@ -1,14 +1,12 @@
-//! The API as a document (OpenAPI 3.1) at `/openapi.json`, and as pages at `/docs`. Routes, parameters
-//! and statuses stand at the handlers; what several of them share stands here.
+//! The API as a document (OpenAPI 3.1) at `/openapi.json`. Routes, parameters and statuses stand at the
+//! handlers; what several of them share stands here.
 //!
 //! Bodies of orders are read by hand ([`crate::request`]), so that they are described here once more;
 //! tests hold the two together.
 
-use std::sync::Arc;
-
 use axum::{
-    extract::Path,
-    http::{HeaderValue, header},
+    body::Bytes,
+    http::header,
     response::{IntoResponse, Response},
 };
 use serde_json::Value;
@@ -20,14 +18,7 @@ use utoipa::{
         security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme},
     },
 };
-use utoipa_swagger_ui::{Config, serve};
 use uuid::Uuid;
-
-use crate::error::Problem;
-
-/// Where the document is, as `/docs` asks for it: beside itself, whatever path a gateway has put
-/// before both.
-const DOCUMENT: &str = "../openapi.json";
 
 #[derive(OpenApi)]
 #[openapi(
@@ -64,42 +55,20 @@ impl Modify for Securities {
     }
 }
 
-/// The document as it is sent.
+/// `/openapi.json`: the document as it is sent.
 #[derive(Clone)]
-pub(super) struct Documents {
-    json: Arc<str>,
-    pages: Arc<Config<'static>>,
-}
+pub(super) struct Sent(Bytes);
 
-impl Documents {
+impl Sent {
     pub(super) fn new(document: &utoipa::openapi::OpenApi) -> Self {
         // Our own types always serialize.
-        let json = document.to_json().unwrap_or_default().into();
-        let pages = Config::from(DOCUMENT).try_it_out_enabled(true).display_request_duration(true);
-        Self { json, pages: Arc::new(pages) }
+        Self(document.to_json().unwrap_or_default().into())
     }
+}
 
-    /// `/openapi.json`.
-    pub(super) fn document(&self) -> Response {
-        ([(header::CONTENT_TYPE, "application/json")], self.json.to_string()).into_response()
-    }
-
-    /// A file below `/docs/`; the pages ask nobody but this service.
-    pub(super) fn page(&self, path: Option<Path<String>>) -> Response {
-        let path = path.map(|Path(path)| path).filter(|path| !path.is_empty());
-        match serve(path.as_deref().unwrap_or("index.html"), self.pages.clone()) {
-            Ok(Some(file)) => {
-                const OWN: HeaderValue = HeaderValue::from_static(
-                    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; \
-                     connect-src 'self'; frame-ancestors 'none'",
-                );
-                let headers = [(header::CONTENT_TYPE, file.content_type)];
-                let mut response = (headers, file.bytes.into_owned()).into_response();
-                response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, OWN);
-                response
-            }
-            _ => Problem::UnknownRoute.into_response(),
-        }
+impl IntoResponse for Sent {
+    fn into_response(self) -> Response {
+        ([(header::CONTENT_TYPE, "application/json")], self.0).into_response()
     }
 }
 
