@@ -1,5 +1,6 @@
 //! The documents of the API and of the topics are what the service really says.
 
+use boon::{Compiler, Draft, Schemas};
 use serde_json::{Value, json};
 use test_support::{Message, Method, Reply, System, beside_others, eventually, order};
 
@@ -9,14 +10,17 @@ pub(crate) struct Document(pub(crate) Value);
 impl Document {
     /// Does `value` follow the schema that stands at `pointer`?
     fn check(&self, pointer: &str, value: &Value) {
-        let mut schema = self.0.clone();
+        const NAME: &str = "http://document";
+        let (mut compiler, mut schemas) = (Compiler::new(), Schemas::new());
+        compiler.set_default_draft(Draft::V2020_12);
+        compiler.add_resource(NAME, self.0.clone()).expect("a document");
         // A reference is a URI, which has no braces.
         let reference = pointer.replace('{', "%7B").replace('}', "%7D");
-        schema["$ref"] = json!(format!("#{reference}"));
-        let validator = jsonschema::validator_for(&schema).unwrap_or_else(|error| panic!("{pointer}: {error}"));
-        let errors: Vec<String> =
-            validator.iter_errors(value).map(|error| format!("{}: {error}", error.instance_path())).collect();
-        assert!(errors.is_empty(), "{pointer} and {value}: {errors:?}");
+        let schema = compiler.compile(&format!("{NAME}#{reference}"), &mut schemas);
+        let schema = schema.unwrap_or_else(|error| panic!("{pointer}: {error:#}"));
+        if let Err(error) = schemas.validate(value, schema) {
+            panic!("{pointer} and {value}: {error:#}");
+        }
     }
 
     /// Is this answer to `method` on `path` (a template) a documented one, in status, type and body?

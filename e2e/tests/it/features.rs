@@ -1,12 +1,19 @@
-//! Behaviour in words: `features/*.feature`, carried out by cucumber over the real binaries, with
-//! topics and a database of its own for each scenario.
+//! Behaviour in words: `features/*.feature`, carried out over the real binaries, with topics and a
+//! database of its own for each scenario.
 
-use std::fmt::{self, Debug};
+mod gherkin;
 
-use cucumber::{World, gherkin::Step, given, then, when};
+use std::fmt::{self, Debug, Display};
+use std::panic::AssertUnwindSafe;
+use std::str::FromStr;
+use std::sync::LazyLock;
+
+use futures_util::{FutureExt as _, StreamExt as _};
+use gherkin::{Scenario, Step};
+use regex::{Captures, Regex};
 use serde_json::{Value, json};
 use test_support::{
-    Api, HttpClient, Message, Method, Record, Reply, Settings, System, Worker, beside_others, eventually,
+    Api, HttpClient, Message, Method, Record, Reply, Settings, System, Worker, eventually, long_beside_others,
 };
 use uuid::Uuid;
 
@@ -27,43 +34,128 @@ const TOPICS: &[(&str, &str)] = &[
 
 async fn carry_out(feature: &str) {
     let path = format!("{}/../features/{feature}.feature", env!("CARGO_MANIFEST_DIR"));
-    let cucumber = Shop::cucumber().with_default_cli().max_concurrent_scenarios(AT_ONCE);
-    let result = cucumber.fail_on_skipped().run(path).await;
-    assert!(!cucumber::writer::Stats::execution_has_failed(&result), "features/{feature}.feature: see above");
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let scenarios = gherkin::scenarios(&text);
+    assert!(!scenarios.is_empty(), "{path} has no scenario");
+    let failed: Vec<String> = futures_util::stream::iter(scenarios)
+        .map(run)
+        .buffer_unordered(AT_ONCE)
+        .filter_map(async |outcome| outcome.err())
+        .collect()
+        .await;
+    assert!(failed.is_empty(), "features/{feature}.feature, panics see above:\n{}", failed.join("\n"));
+}
+
+/// To its end, or to the step that fails, which the error names.
+async fn run(scenario: Scenario) -> Result<(), String> {
+    let mut shop = Shop::default();
+    for step in &scenario.steps {
+        if AssertUnwindSafe(carry_out_step(&mut shop, step)).catch_unwind().await.is_err() {
+            return Err(format!("{}\n  line {}: {}\n{shop:?}", scenario.name, step.line, step.text));
+        }
+    }
+    Ok(())
+}
+
+/// A pattern for all of a step's text, what it finds, and what the step does with that.
+macro_rules! steps {
+    ($step:ident; $($pattern:literal ($($found:ident),*) => $function:ident($($argument:ident),*),)*) => {
+        static PATTERNS: LazyLock<Vec<Regex>> = LazyLock::new(|| {
+            [$($pattern),*].map(|pattern| Regex::new(&format!("^{pattern}$")).expect("a pattern")).into()
+        });
+        let fitting = PATTERNS.iter().enumerate();
+        let fitting: Vec<_> = fitting.filter_map(|(n, pattern)| Some((n, pattern.captures(&$step.text)?))).collect();
+        let [(fitting, captures)] = &fitting[..] else { panic!("{} patterns fit: {}", fitting.len(), $step.text) };
+        let mut patterns = 0..;
+        $(if patterns.next() == Some(*fitting) {
+            #[allow(unused_mut)]
+            let mut groups = 1..captures.len();
+            $(let $found = found(captures, &mut groups);)*
+            assert!(groups.is_empty(), "{} finds more than is taken", $pattern);
+            return $function($($argument),*).await;
+        })*
+    };
+}
+
+fn found<T: FromStr<Err: Display>>(captures: &Captures<'_>, groups: &mut impl Iterator<Item = usize>) -> T {
+    let text = &captures[groups.next().expect("the pattern finds as much as is taken")];
+    text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
+}
+
+async fn carry_out_step(shop: &mut Shop, step: &Step) {
+    steps! { step;
+        r#"orders of the lifecycle "(.+)""# (name) => lifecycle(shop, name),
+        r#"the setting "(.+)" is "(.+)""# (key, value) => setting(shop, key, value),
+        r#"user "?([^"]+)"? orders"# (user) => orders(shop, step, user),
+        r#"user "?([^"]+?)"? has ordered for ([0-9.]+)"# (user, amount) => has_ordered_for(shop, user, amount),
+        r#"user "([^"]+)" has ordered"# (user) => has_ordered(shop, user),
+        "the client changes the amount to ([0-9.]+)" (amount) => changes_amount(shop, amount),
+        "the client has spoilt the order" () => spoils(shop),
+        "the client deletes the order" () => deletes(shop),
+        r#"somebody sets the status to "(.+)""# (status) => sets_status(shop, status),
+        r#"somebody has set the status to "(.+)""# (status) => has_set_status(shop, status),
+        "somebody cancels the order" () => cancels(shop),
+        r#""(.+)" brings"# (topic) => brings(shop, step, topic),
+        r#""(.+)" has brought"# (topic) => brings(shop, step, topic),
+        r#""(.+)" brings twice"# (topic) => brings_twice(shop, step, topic),
+        r#""(.+)" brings, of an order that is not there yet"# (topic) => brings_of_nothing(shop, step, topic),
+        "an operator discards what is parked for the order" () => discards(shop),
+        r"(?:the order is taken|that is done|that is refused|that is refused as wrong) \((\d+)\)" (status) => answer_is(shop, status),
+        r#"the answer names "(.+)""# (place) => names(shop, place),
+        r#"what is allowed is "(.+)""# (states) => allows(shop, states),
+        "nothing else is allowed" () => allows_nothing(shop),
+        r#"the answer says "(.+)" is "(.+)""# (field, value) => says(shop, field, value),
+        r#"the order is "(.+)""# (status) => order_is(shop, status),
+        r#"the order becomes "(.+)""# (status) => order_becomes(shop, status),
+        r#"the order has become "(.+)""# (status) => order_becomes(shop, status),
+        "the order comes to ([0-9.]+)" (amount) => comes_to(shop, amount),
+        r"the order has version (\d+)" (version) => has_version(shop, version),
+        r#"the order with the external id "(.+)" of user "(.+)" becomes "(.+)""# (external_id, user, status) => external_becomes(shop, external_id, user, status),
+        "all messages are handled" () => all_handled(shop),
+        "the history is" () => history_is(shop, step),
+        r#"the history has "(.+)""# (event) => history_has(shop, event),
+        r#"the history has ignored "(.+)""# (event) => history_has_ignored(shop, event),
+        r#""(.+)" is told"# (topic) => is_told(shop, step, topic),
+        r#""(.+)" is told of the order (\d+) times?"# (topic, times) => is_told_times(shop, topic, times),
+        r#"the message on "(.+)" has the order's id as its key"# (topic) => has_key(shop, topic),
+        "operators see a conflict about the order" () => sees_conflict(shop),
+        "operators see no conflict" () => sees_no_conflict(shop),
+        r#"operators see an? "(.+)" message that is "(.+)""# (kind, state) => sees_parked(shop, kind, state),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_feature_marketplace_is_as_described() {
-    let _turn = beside_others().await;
+    let _turn = long_beside_others().await;
     carry_out("marketplace").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_feature_payment_is_as_described() {
-    let _turn = beside_others().await;
+    let _turn = long_beside_others().await;
     carry_out("payment").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_feature_retail_is_as_described() {
-    let _turn = beside_others().await;
+    let _turn = long_beside_others().await;
     carry_out("retail").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_feature_shipment_is_as_described() {
-    let _turn = beside_others().await;
+    let _turn = long_beside_others().await;
     carry_out("shipment").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_feature_stock_saga_is_as_described() {
-    let _turn = beside_others().await;
+    let _turn = long_beside_others().await;
     carry_out("stock-saga").await;
 }
 
 /// What a scenario has: settings until something happens, then everything.
-#[derive(Default, World)]
+#[derive(Default)]
 struct Shop {
     lifecycle: String,
     settings: Vec<(String, String)>,
@@ -204,89 +296,73 @@ fn holds(found: &Value, expected: &Value) -> bool {
 
 // --- Given, When ---------------------------------------------------------------------------------
 
-#[given(regex = r#"^orders of the lifecycle "(.+)"$"#)]
 async fn lifecycle(shop: &mut Shop, name: String) {
     shop.lifecycle = name;
 }
 
-#[given(regex = r#"^the setting "(.+)" is "(.+)"$"#)]
 async fn setting(shop: &mut Shop, key: String, value: String) {
     shop.settings.push((key, value));
 }
 
-#[when(regex = r#"^user "?([^"]+)"? orders$"#)]
 async fn orders(shop: &mut Shop, step: &Step, user: String) {
     let body = shop.body(step);
     shop.post(&user, serde_json::from_str(&body).expect("a body of JSON")).await;
 }
 
-#[given(regex = r#"^user "?([^"]+?)"? has ordered for ([0-9.]+)$"#)]
 async fn has_ordered_for(shop: &mut Shop, user: String, amount: String) {
     shop.post(&user, json!({ "amount": amount })).await;
     assert_eq!(shop.reply().status, 201, "{}", shop.reply().summary());
 }
 
-#[given(regex = r#"^user "([^"]+)" has ordered$"#)]
 async fn has_ordered(shop: &mut Shop, user: String) {
     shop.post(&user, json!({ "notes": "as always" })).await;
     assert_eq!(shop.reply().status, 201, "{}", shop.reply().summary());
 }
 
-#[when(regex = r"^the client changes the amount to ([0-9.]+)$")]
 async fn changes_amount(shop: &mut Shop, amount: String) {
     // A payload brings its own amount: what was wrong in the one before is gone with it.
     let body = json!({ "order_id": shop.order_id(), "amount": amount, "payload": {} });
     shop.send(Method::POST, "/orders", body).await;
 }
 
-#[given("the client has spoilt the order")]
 async fn spoils(shop: &mut Shop) {
     let body = json!({ "order_id": shop.order_id(), "payload": { "items": "many" } });
     shop.send(Method::POST, "/orders", body).await;
     assert_eq!(shop.reply().status, 422, "{}", shop.reply().summary());
 }
 
-#[when("the client deletes the order")]
 async fn deletes(shop: &mut Shop) {
     let body = json!({ "order_id": shop.order_id(), "status": "deleted" });
     shop.send(Method::POST, "/orders", body).await;
 }
 
-#[when(regex = r#"^somebody sets the status to "(.+)"$"#)]
 async fn sets_status(shop: &mut Shop, status: String) {
     shop.set_status(&status).await;
 }
 
-#[given(regex = r#"^somebody has set the status to "(.+)"$"#)]
 async fn has_set_status(shop: &mut Shop, status: String) {
     shop.set_status(&status).await;
     assert_eq!(shop.reply().status, 200, "{}", shop.reply().summary());
 }
 
-#[when("somebody cancels the order")]
 async fn cancels(shop: &mut Shop) {
     let path = format!("/orders/{}/cancel", shop.order_id());
     shop.send(Method::POST, &path, Value::Null).await;
 }
 
-#[when(regex = r#"^"(.+)" brings$"#)]
-#[given(regex = r#"^"(.+)" has brought$"#)]
 async fn brings(shop: &mut Shop, step: &Step, topic: String) {
     shop.brings(&topic, step, 1).await;
 }
 
-#[when(regex = r#"^"(.+)" brings twice$"#)]
 async fn brings_twice(shop: &mut Shop, step: &Step, topic: String) {
     shop.brings(&topic, step, 2).await;
 }
 
-#[when(regex = r#"^"(.+)" brings, of an order that is not there yet$"#)]
 async fn brings_of_nothing(shop: &mut Shop, step: &Step, topic: String) {
     shop.order_id = Some(Uuid::now_v7().to_string());
     shop.brings(&topic, step, 1).await;
 }
 
-#[when("an operator discards what is parked for the order")]
 async fn discards(shop: &mut Shop) {
     let path = format!("/admin/parked/discard?order_id={}", shop.order_id());
     let reply = shop.running().api.admin().send(Method::POST, &path, &[], Default::default()).await;
@@ -295,47 +371,38 @@ async fn discards(shop: &mut Shop) {
 
 // --- Then ----------------------------------------------------------------------------------------
 
-#[then(regex = r"^(?:the order is taken|that is done|that is refused|that is refused as wrong) \((\d+)\)$")]
 async fn answer_is(shop: &mut Shop, status: u16) {
     assert_eq!(shop.reply().status, status, "{}", shop.reply().summary());
 }
 
-#[then(regex = r#"^the answer names "(.+)"$"#)]
 async fn names(shop: &mut Shop, place: String) {
     let errors = shop.reply().json()["errors"].clone();
     let is_named = errors.as_array().is_some_and(|errors| errors.iter().any(|error| error["pointer"] == *place));
     assert!(is_named, "{}", shop.reply().summary());
 }
 
-#[then(regex = r#"^what is allowed is "(.+)"$"#)]
 async fn allows(shop: &mut Shop, states: String) {
     let expected: Vec<_> = states.split(", ").collect();
     assert_eq!(shop.reply().json()["allowed"], json!(expected), "{}", shop.reply().summary());
 }
 
-#[then("nothing else is allowed")]
 async fn allows_nothing(shop: &mut Shop) {
     assert_eq!(shop.reply().json()["allowed"], json!([]), "{}", shop.reply().summary());
 }
 
-#[then(regex = r#"^the answer says "(.+)" is "(.+)"$"#)]
 async fn says(shop: &mut Shop, field: String, value: String) {
     let value = value.replace("<order>", shop.order_id());
     assert_eq!(shop.reply().json()[&field], json!(value), "{}", shop.reply().summary());
 }
 
-#[then(regex = r#"^the order is "(.+)"$"#)]
 async fn order_is(shop: &mut Shop, status: String) {
     assert_eq!(shop.order().await["status"], json!(status));
 }
 
-#[then(regex = r#"^the order becomes "(.+)"$"#)]
-#[given(regex = r#"^the order has become "(.+)"$"#)]
 async fn order_becomes(shop: &mut Shop, status: String) {
     shop.becomes(&status).await;
 }
 
-#[then(regex = r"^the order comes to ([0-9.]+)$")]
 async fn comes_to(shop: &mut Shop, amount: String) {
     // As it stands there: a number that was read would have lost its digits.
     let reply = shop.http().get(&format!("/orders/{}", shop.order_id())).await;
@@ -343,12 +410,10 @@ async fn comes_to(shop: &mut Shop, amount: String) {
     assert!(body.contains(&format!("\"amount\":{amount},")), "{body}");
 }
 
-#[then(regex = r"^the order has version (\d+)$")]
 async fn has_version(shop: &mut Shop, version: i64) {
     assert_eq!(shop.order().await["version"], version);
 }
 
-#[then(regex = r#"^the order with the external id "(.+)" of user "(.+)" becomes "(.+)"$"#)]
 async fn external_becomes(shop: &mut Shop, external_id: String, user: String, status: String) {
     let path = format!("/orders/by-external/{external_id}?user_id={user}");
     eventually("the order to be there", || async {
@@ -358,7 +423,6 @@ async fn external_becomes(shop: &mut Shop, external_id: String, user: String, st
     .await;
 }
 
-#[then("all messages are handled")]
 async fn all_handled(shop: &mut Shop) {
     let system = &shop.running().system;
     eventually("all to be read and marked so", || async {
@@ -371,9 +435,8 @@ async fn all_handled(shop: &mut Shop) {
     .await;
 }
 
-#[then("the history is")]
 async fn history_is(shop: &mut Shop, step: &Step) {
-    let expected: Vec<Vec<String>> = step.table.as_ref().expect("a table").rows[1..].to_vec();
+    let expected: Vec<Vec<String>> = step.table[1..].to_vec();
     eventually("the history", || async {
         let history = shop.http().history(shop.order_id()).await;
         let rows: Vec<Vec<String>> = history
@@ -389,12 +452,10 @@ async fn history_is(shop: &mut Shop, step: &Step) {
     .await;
 }
 
-#[then(regex = r#"^the history has "(.+)"$"#)]
 async fn history_has(shop: &mut Shop, event: String) {
     in_history(shop, &event, false).await;
 }
 
-#[then(regex = r#"^the history has ignored "(.+)"$"#)]
 async fn history_has_ignored(shop: &mut Shop, event: String) {
     in_history(shop, &event, true).await;
 }
@@ -408,7 +469,6 @@ async fn in_history(shop: &Shop, event: &str, ignored: bool) {
     .await;
 }
 
-#[then(regex = r#"^"(.+)" is told$"#)]
 async fn is_told(shop: &mut Shop, step: &Step, topic: String) {
     let expected: Value = serde_json::from_str(&shop.body(step)).expect("a body of JSON");
     eventually(&format!("{expected} on {topic}"), || async {
@@ -421,7 +481,6 @@ async fn is_told(shop: &mut Shop, step: &Step, topic: String) {
     .await;
 }
 
-#[then(regex = r#"^"(.+)" is told of the order (\d+) times?$"#)]
 async fn is_told_times(shop: &mut Shop, topic: String, times: usize) {
     eventually(&format!("{times} messages on {topic}, and nothing left to be sent"), || async {
         let unsent = shop.running().system.db.number("select count(*) from outbox", &[]).await;
@@ -432,12 +491,10 @@ async fn is_told_times(shop: &mut Shop, topic: String, times: usize) {
     .await;
 }
 
-#[then(regex = r#"^the message on "(.+)" has the order's id as its key$"#)]
 async fn has_key(shop: &mut Shop, topic: String) {
     assert_eq!(shop.told(&topic).await[0].key_text(), shop.order_id());
 }
 
-#[then("operators see a conflict about the order")]
 async fn sees_conflict(shop: &mut Shop) {
     let id = eventually("a conflict", || async {
         let stuck = shop.running().api.admin().get("/admin/stuck").await.expect_status(200).json();
@@ -453,13 +510,11 @@ async fn sees_conflict(shop: &mut Shop) {
     assert!(said.contains("discard it"), "{said}");
 }
 
-#[then("operators see no conflict")]
 async fn sees_no_conflict(shop: &mut Shop) {
     let stuck = shop.running().api.admin().get("/admin/stuck").await.expect_status(200).json();
     assert_eq!(stuck["conflicts"], json!([]));
 }
 
-#[then(regex = r#"^operators see an? "(.+)" message that is "(.+)"$"#)]
 async fn sees_parked(shop: &mut Shop, kind: String, state: String) {
     eventually(&format!("a parked message, {kind} and {state}"), || async {
         let parked = shop.parked().await;

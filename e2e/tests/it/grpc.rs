@@ -1,10 +1,12 @@
 //! gRPC beside HTTP, with a client made from the same `proto/`.
 
+pub(crate) mod channel;
 mod metadata;
 pub(crate) mod reflection;
 
 use std::time::Duration;
 
+use channel::Channel;
 use proto::order::{
     CreateOrderRequest, GetOrderRequest, OrderItem, OrderStatus, order_service_client::OrderServiceClient,
 };
@@ -17,7 +19,6 @@ use test_support::{Api, System, alone, beside_others, eventually, wait_for};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
-use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -27,20 +28,21 @@ use tonic_reflection::pb::v1::{
 };
 use tonic_types::StatusExt as _;
 
+/// Generated from `proto/` by `make proto`.
 #[allow(unused_qualifications, clippy::all)]
 pub(crate) mod proto {
     pub mod order {
-        tonic::include_proto!("order");
+        include!("grpc/proto/order.rs");
     }
     pub mod orders {
         pub mod models {
             pub mod v1 {
-                tonic::include_proto!("orders.models.v1");
+                include!("grpc/proto/orders.models.v1.rs");
             }
         }
         pub mod service {
             pub mod v1 {
-                tonic::include_proto!("orders.service.v1");
+                include!("grpc/proto/orders.service.v1.rs");
             }
         }
     }
@@ -48,17 +50,16 @@ pub(crate) mod proto {
 
 const NOBODYS_ORDER: &str = "0198f2a0-0000-7000-8000-000000000001";
 
-pub(crate) async fn channel(api: &Api) -> Channel {
-    let address = format!("http://{}", api.grpc_address());
-    Channel::from_shared(address).expect("an address").connect().await.expect("a connection")
+pub(crate) fn channel(api: &Api) -> Channel {
+    Channel::to(&api.grpc_address())
 }
 
-async fn orders(api: &Api) -> OrdersServiceClient<Channel> {
-    OrdersServiceClient::new(channel(api).await)
+fn orders(api: &Api) -> OrdersServiceClient<Channel> {
+    OrdersServiceClient::new(channel(api))
 }
 
-async fn saga(api: &Api) -> OrderServiceClient<Channel> {
-    OrderServiceClient::new(channel(api).await)
+fn saga(api: &Api) -> OrderServiceClient<Channel> {
+    OrderServiceClient::new(channel(api))
 }
 
 pub(crate) fn with<T>(message: T, metadata: &[(&'static str, &str)]) -> Request<T> {
@@ -114,7 +115,7 @@ async fn an_order_is_created_read_updated_and_deleted_over_grpc_as_over_http() {
     let system = System::new().await;
     let api = system.api().await;
     let _worker = system.worker().await;
-    let mut client = orders(&api).await;
+    let mut client = orders(&api);
     let health = client.health(HealthRequest {}).await.expect("health").into_inner();
     assert_eq!(health.status, "ok");
 
@@ -161,7 +162,7 @@ async fn an_order_of_the_saga_is_created_and_told_to_its_owner_alone() {
     let system = System::new().await;
     let api = system.api().await;
     let _worker = system.worker().await;
-    let mut client = saga(&api).await;
+    let mut client = saga(&api);
     let created = client.create_order(create("7", &[("book", 2, 19.99), ("pen", 4, 1.25)])).await.expect("created");
     let order = created.into_inner().order.expect("an order");
     assert_eq!((order.user_id.as_str(), order.total_price), ("7", 44.98));
@@ -184,7 +185,7 @@ async fn each_refusal_has_its_code_its_reason_and_its_fields() {
     let system = System::new().await;
     let api = system.api().await;
     let _worker = system.worker().await;
-    let (mut orders, mut saga) = (orders(&api).await, saga(&api).await);
+    let (mut orders, mut saga) = (orders(&api), saga(&api));
     let payload = json!({ "id": "taken", "amount": 1 });
     let taken = orders.upsert_order(upsert("", "u", "", &payload)).await.expect("created").into_inner().order_id;
     let deleted = orders.upsert_order(upsert("", "u", "", &json!({}))).await.expect("created").into_inner().order_id;
@@ -251,7 +252,7 @@ async fn a_deadline_bounds_the_wait_and_the_caller_hears_what_is_stored_before_i
     let _turn = alone().await;
     let system = System::new().await;
     let api = system.api().await;
-    let mut client = orders(&api).await;
+    let mut client = orders(&api);
     for (deadline, wait) in [(1000, "30"), (300, "30")] {
         let mut request = with(upsert("", "u", "", &json!({})), &[("prefer", &format!("wait={wait}"))]);
         request.set_timeout(Duration::from_millis(deadline));
@@ -269,7 +270,7 @@ async fn a_deadline_bounds_the_wait_and_the_caller_hears_what_is_stored_before_i
 
     // Who hangs up leaves no waiter.
     let request = with(upsert("", "u", "", &json!({})), &[("prefer", "wait=30")]);
-    let mut other = orders(&api).await;
+    let mut other = orders(&api);
     let parked = tokio::spawn(async move { other.upsert_order(request).await.map(|_| ()) });
     let waiters = |expected: f64| {
         let api = &api;
@@ -301,15 +302,15 @@ async fn what_no_proper_client_sends_is_refused_and_stops_nobody() {
     let system = System::new().await;
     let api = system.api().await;
     let _worker = system.worker().await;
-    let mut client = orders(&api).await;
+    let mut client = orders(&api);
     for megabytes in [1, 3, 40] {
         let payload = json!({ "a": "x".repeat(megabytes << 20) });
         let (code, reason, _) = refused(client.upsert_order(upsert("", "u", "", &payload)).await);
         assert!(matches!((code, reason.as_str()), (Code::ResourceExhausted, "TOO_LARGE")), "{code:?} {reason}");
     }
     let many: Vec<_> = (0..6000).map(|_| ("p", 1, 1.0)).collect();
-    assert_eq!(refused(saga(&api).await.create_order(create("u", &many)).await).1, "TOO_LARGE");
-    let mut raw = tonic::client::Grpc::new(channel(&api).await);
+    assert_eq!(refused(saga(&api).create_order(create("u", &many)).await).1, "TOO_LARGE");
+    let mut raw = tonic::client::Grpc::new(channel(&api));
     raw.ready().await.expect("ready");
     let codec = tonic_prost::ProstCodec::<Bytes, UpsertOrderResponse>::default();
     let no_text = Bytes { order_id: vec![0xff, 0xfe], user_id: b"u".to_vec() };
@@ -352,7 +353,7 @@ async fn a_client_that_takes_no_answers_holds_up_itself_alone() {
     let _turn = alone().await;
     let system = System::new().await;
     let api = system.api().await;
-    let mut client = orders(&api).await;
+    let mut client = orders(&api);
     let large = with(upsert("", "u", "", &json!({ "a": "x".repeat(200_000) })), &[("prefer", "respond-async")]);
     let order_id = client.upsert_order(large).await.expect("created").into_inner().order_id;
     let before = api.memory_kib();
@@ -399,7 +400,7 @@ async fn an_api_that_stops_answers_its_parked_calls_and_says_that_it_does_not_se
     let _turn = alone().await;
     let system = System::new().await;
     let api = system.api_with(&[("SHUTDOWN_TIMEOUT_MS", "6000")]).await;
-    let channel = channel(&api).await;
+    let channel = channel(&api);
     let mut health = HealthClient::new(channel.clone());
     let named = |service: &str| HealthCheckRequest { service: service.into() };
     for service in ["", "order.OrderService", "orders.service.v1.OrdersService"] {
@@ -457,10 +458,10 @@ async fn the_database_away_is_unavailable_and_says_when_to_try_again() {
     let mut system = System::new().await;
     system.set("POSTGRES_DSN", "postgres://postgres@127.0.0.1:1/none");
     let api = Api::spawn(&system.settings()).await;
-    let mut client = orders(&api).await;
+    let mut client = orders(&api);
     let (code, reason, _) = refused(client.upsert_order(upsert("", "u", "", &json!({}))).await);
     assert_eq!((code, reason.as_str()), (Code::Unavailable, "UNAVAILABLE"));
-    let mut health = HealthClient::new(channel(&api).await);
+    let mut health = HealthClient::new(channel(&api));
     let answer = health.check(HealthCheckRequest::default()).await.expect("an answer").into_inner();
     assert_eq!(answer.status(), ServingStatus::NotServing);
 }

@@ -28,7 +28,7 @@ async fn a_call_that_is_repeated_with_its_key_is_done_once_and_told_again() {
     let _turn = beside_others().await;
     let system = System::new().await;
     let (api, worker) = (system.api().await, system.worker().await);
-    let (mut orders, mut saga) = (orders(&api).await, saga(&api).await);
+    let (mut orders, mut saga) = (orders(&api), saga(&api));
     let message = upsert("", "u", "", &json!({ "amount": 5 }));
 
     // Who repeats it while the first still waits is told to come again.
@@ -93,7 +93,7 @@ async fn who_says_which_version_it_has_seen_changes_no_other() {
     let system = System::new().await;
     // No worker changes it meanwhile.
     let api = system.api_with(&[("ACK_WAIT_MS", "0")]).await;
-    let mut client = orders(&api).await;
+    let mut client = orders(&api);
     let order_id = client.upsert_order(upsert("", "u", "", &json!({}))).await.expect("created").into_inner().order_id;
     let etag = client.get_order_by_id(by_id(&order_id)).await.expect("the order");
     let etag = said(&etag, "etag").to_owned();
@@ -128,7 +128,7 @@ async fn who_says_which_version_it_has_seen_changes_no_other() {
         assert_eq!((code, reason.as_str()), expected, "{message:?} if {version}");
     }
     let create = with(create("u", &[("p", 1, 1.0)]), &[("if-match", "*")]);
-    assert_eq!(refused(saga(&api).await.create_order(create).await).1, "PRECONDITION");
+    assert_eq!(refused(saga(&api).create_order(create).await).1, "PRECONDITION");
     assert_eq!(said(&client.get_order_by_id(by_id(&order_id)).await.expect("the order"), "etag"), "\"2\"");
     assert_eq!(system.db.number("select count(*) from orders", &[]).await, 1);
 
@@ -142,7 +142,7 @@ async fn who_calls_too_often_is_told_when_to_call_again_and_keeps_nobody_else_fr
     let _turn = beside_others().await;
     let system = System::new().await;
     let api = system.api_with(&[("RATE_LIMIT", "1"), ("RATE_LIMIT_BURST", "10")]).await;
-    let client = orders(&api).await;
+    let client = orders(&api);
     let ask = |user: &str| {
         let (mut client, request) = (client.clone(), with(by_id(NOBODYS_ORDER), &[("x-user-id", user)]));
         async move { client.get_order_by_id(request).await.expect_err("there is no such order") }
@@ -167,7 +167,7 @@ async fn who_calls_too_often_is_told_when_to_call_again_and_keeps_nobody_else_fr
     }
     // Others, and those who look after the service.
     assert_eq!(ask("other").await.code(), Code::NotFound);
-    let (mut own, mut health) = (client.clone(), HealthClient::new(channel(&api).await));
+    let (mut own, mut health) = (client.clone(), HealthClient::new(channel(&api)));
     for _ in 0..15 {
         own.health(with(HealthRequest {}, &[("x-user-id", "busy")])).await.expect("health");
         health.check(with(HealthCheckRequest::default(), &[("x-user-id", "busy")])).await.expect("health");

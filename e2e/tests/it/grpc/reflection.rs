@@ -17,7 +17,7 @@ async fn reflected(api: &Api, version: &str, questions: Vec<MessageRequest>) -> 
     let questions = questions
         .into_iter()
         .map(|question| ServerReflectionRequest { host: String::new(), message_request: Some(question) });
-    let mut client = tonic::client::Grpc::new(channel(api).await);
+    let mut client = tonic::client::Grpc::new(channel(api));
     client.ready().await.expect("ready");
     let path = format!("/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo").parse().expect("a path");
     let codec = tonic_prost::ProstCodec::<_, ServerReflectionResponse>::default();
@@ -82,7 +82,7 @@ async fn reflection_tells_old_tools_and_new_the_services_and_all_that_their_file
     }
     let question = MessageRequest::FileContainingSymbol("orders.Nothing".into());
     let question = ServerReflectionRequest { host: String::new(), message_request: Some(question) };
-    let mut client = ServerReflectionClient::new(channel(&api).await);
+    let mut client = ServerReflectionClient::new(channel(&api));
     let answers = client.server_reflection_info(futures_util::stream::iter([question])).await.expect("answers");
     let unknown = answers.into_inner().message().await.expect_err("no such symbol");
     assert_eq!(unknown.code(), Code::NotFound);

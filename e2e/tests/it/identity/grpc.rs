@@ -6,11 +6,11 @@ use serde_json::{Value, json};
 use test_support::{Api, System, beside_others};
 use tonic::client::Grpc;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::{Caller, JWT, bad_tokens, by_header, by_token, claims, pretender, signed};
+use crate::grpc::channel::Channel;
 use crate::grpc::proto::{
     order::{CreateOrderResponse, GetOrderRequest},
     orders::service::v1::{GetOrderByExternalIdRequest, UpsertOrderResponse},
@@ -170,7 +170,7 @@ async fn every_method_is_in_the_table_and_those_outside_it_are_everybodys() {
     for method in known.iter().chain(OPEN).chain(OPEN_STREAMS) {
         assert!(served.iter().any(|name| name == method), "{method} is not served: {served:?}");
     }
-    let channel = channel(&api).await;
+    let channel = channel(&api);
     for method in OPEN {
         Caller(vec![]).call(&channel, method, &[]).await.expect(method);
     }
@@ -178,7 +178,7 @@ async fn every_method_is_in_the_table_and_those_outside_it_are_everybodys() {
 }
 
 async fn others_see_and_change_nothing(system: &System, api: &Api, caller: fn(&str, Option<&str>) -> Caller) {
-    let channel = channel(api).await;
+    let channel = channel(api);
     let (owner, thief) = (caller("owner", None), caller("thief", None));
     for role in ["service", "admin"] {
         let owned = Owned::by(&owner, &channel, &format!("market-{role}")).await;
@@ -230,7 +230,7 @@ async fn a_token_that_is_not_ours_calls_nothing() {
     let _turn = beside_others().await;
     let system = System::new().await;
     let api = system.api_with(JWT).await;
-    let channel = channel(&api).await;
+    let channel = channel(&api);
     let owner = by_token("owner", None);
     let owned = Owned::by(&owner, &channel, "market-1").await;
     let before = owned.read(&owner, &channel).await;
