@@ -251,9 +251,25 @@ need_build_tools() {
   [ ${#missing[@]} = 0 ] || install_packages "building" "${missing[@]}"
 }
 
-# All that is released or run beside it, always together: other selections would have other
-# features, and what they share would be built anew.
-build_release() { (cd "$root" && cargo build --release --locked -p api-service -p worker -p client -p bench); }
+# All that is released, always together: another selection may ask for other features of what they
+# share, which would be built anew.
+build_release() { (cd "$root" && cargo build --release --locked); }
+
+# Dies where the tests or the benchmark ask for other features of a dependency than the released
+# binaries do: it would be compiled twice.
+one_set_of_features() {
+  local binaries all differing
+  packages() {
+    cargo tree --locked --prefix none --format '{p} [{f}]' "$@" | sed 's/ (\*)$//; s/ (proc-macro)//' | grep -v ' (/' | sort -u
+  }
+  cd "$root"
+  binaries=$(packages -e normal,build) || die "cargo tree failed"
+  all=$(packages -e normal,build,dev --workspace) || die "cargo tree failed"
+  differing=$(awk 'NR == FNR { known[$0]; package[$1 $2]; next } $1 $2 in package && !($0 in known)' <(echo "$binaries") <(echo "$all"))
+  [ -z "$differing" ] || die "the tests ask for other features of these than the binaries do, so they would be compiled twice:
+$differing
+Name the features in Cargo.toml; in shared/Cargo.toml where we do not use the dependency ourselves."
+}
 
 target_folder() {
   local folder=${CARGO_TARGET_DIR:-$root/target}
