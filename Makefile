@@ -1,6 +1,6 @@
 # The steps themselves are scripts in deploy/, which also take arguments.
 .DEFAULT_GOAL := help
-.PHONY: help run run-api run-worker test demo migrate bench bench-scale bench-micro lint compose-test down clean
+.PHONY: help run run-api run-worker test demo migrate bench bench-scale bench-micro lint proto compose-test down clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -14,7 +14,7 @@ run-api: ## Only the API (a second one takes a free port)
 run-worker: ## Only the worker
 	@deploy/run worker
 
-test: ## All tests, on a PostgreSQL and a Kafka of their own
+test: ## All tests, on a PostgreSQL and a Kafka of their own (ARGS="a part of a name" runs some)
 	@deploy/test $(ARGS)
 
 demo: ## Send a file of orders through the service (FILE=orders.ndjson)
@@ -34,6 +34,9 @@ bench-micro: ## Time what each order goes through, and count its allocations (AR
 
 lint: ## Formatting, clippy, shellcheck
 	@deploy/lint
+
+proto: ## Generate the Rust code of proto/ anew, after a change there
+	@deploy/proto
 
 compose-test: ## The end-to-end tests against containers (needs Docker)
 	@deploy/compose-test

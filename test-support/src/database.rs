@@ -258,6 +258,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs PostgreSQL"]
     async fn each_test_has_a_database_that_goes_away_with_it() {
         let (one, other) = (TestDb::new().await, TestDb::new().await);
         one.execute("create table t (n int)").await;

@@ -71,6 +71,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    #[ignore = "needs PostgreSQL"]
     async fn a_commit_waits_at_the_closed_gate_and_passes_the_open_one() {
         let db = TestDb::new().await;
         db.execute("create table letters (letter text)").await;

@@ -173,6 +173,7 @@ mod tests {
     use crate::kafka::Record;
 
     #[tokio::test]
+    #[ignore = "starts PostgreSQL or Kafka"]
     async fn a_private_postgres_comes_back_with_its_data() {
         let mut server = PrivatePostgres::start().await;
         let mut db = TestDb::on(server.dsn()).await;
@@ -188,6 +189,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "starts PostgreSQL or Kafka"]
     async fn a_postgres_that_demands_tls_is_reached_with_its_certificate() {
         let server = PrivatePostgres::start_with_tls().await;
         let db = TestDb::on(server.dsn()).await;
@@ -196,6 +198,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "starts PostgreSQL or Kafka"]
     async fn a_private_kafka_comes_back_with_its_records() {
         let mut server = PrivateKafka::start_with_sasl().await;
         let kafka = server.client();

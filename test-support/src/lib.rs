@@ -4,7 +4,6 @@
 //! It is written for tests: infrastructure that is not there, and conditions that do not come
 //! true, panic with a message that says what to do or what was last seen.
 
-mod bounded;
 mod database;
 mod events;
 mod gate;
@@ -18,9 +17,9 @@ mod proxy;
 mod redis;
 pub mod stand_in;
 mod system;
+mod turn;
 mod wait;
 
-pub use bounded::{Turn, alone, beside_others};
 pub use database::{Dsn, TestDb};
 pub use events::{Event, EventStream};
 pub use gate::CommitGate;
@@ -34,4 +33,5 @@ pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start, 
 pub use proxy::{Mode, Proxy};
 pub use redis::PrivateRedis;
 pub use system::System;
+pub use turn::{Turn, alone, beside_one, beside_others, long_beside_others};
 pub use wait::{eventually, wait_for};

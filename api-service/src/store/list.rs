@@ -202,6 +202,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs PostgreSQL"]
     async fn each_list_reads_its_own_index_on_every_partition_and_sorts_nothing() {
         let _turn = beside_others().await;
         let test_db = TestDb::new().await;
@@ -239,6 +240,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs PostgreSQL"]
     async fn one_order_is_looked_for_in_one_partition_and_its_history_only_when_it_has_changed() {
         let _turn = beside_others().await;
         let test_db = TestDb::new().await;
@@ -284,6 +286,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs PostgreSQL"]
     async fn pages_hold_each_order_once_in_order_whatever_their_size() {
         let _turn = beside_others().await;
         let test_db = TestDb::new().await;
@@ -316,6 +319,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[ignore = "needs PostgreSQL"]
     async fn a_page_of_large_orders_ends_early_and_the_next_goes_on() {
         let _turn = beside_others().await;
         let test_db = TestDb::new().await;

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::Value;
-use test_support::{Dsn, HttpClient, Method, Proxy, Reply, System, beside_others, eventually};
+use test_support::{Dsn, HttpClient, Method, Proxy, Reply, System, beside_others, eventually, long_beside_others};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
@@ -318,7 +318,7 @@ async fn without_its_database_every_route_says_when_to_come_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_does_not_come_is_not_waited_for_on_any_route() {
-    let _turn = beside_others().await;
+    let _turn = long_beside_others().await;
     let system = System::new().await;
     let api = system.api().await;
     let document = Document::of(api.http()).await;
