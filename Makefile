@@ -46,5 +46,5 @@ down: ## Stop whatever this checkout has running; the data stay
 
 clean: ## Delete what was built and all local data
 	@deploy/down --remove
-	rm -rf .dev
+	rm -rf .dev proto/generate/target
 	cargo clean

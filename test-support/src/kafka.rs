@@ -26,6 +26,7 @@ pub type Headers = Vec<(String, Option<Vec<u8>>)>;
 /// The names that one test uses, so that tests share a broker and never meet.
 #[derive(Clone, Debug)]
 pub struct Topics {
+    prefix: String,
     pub events: String,
     pub acks: String,
     pub group: String,
@@ -38,6 +39,7 @@ impl Topics {
             events: format!("{prefix}.orders.events"),
             acks: format!("{prefix}.orders.ack"),
             group: format!("{prefix}.order-workers"),
+            prefix,
         }
     }
 }
@@ -291,8 +293,13 @@ impl Drop for TestKafka {
             let options = AdminOptions::new()
                 .request_timeout(Some(Duration::from_secs(3)))
                 .operation_timeout(Some(Duration::from_secs(1)));
-            let names = [topics.events.as_str(), topics.acks.as_str()];
-            runtime.block_on(admin.delete_topics(&names, &options))?;
+            // Those of lifecycles too, which are named for the test as well.
+            let metadata = admin.inner().fetch_metadata(None, Duration::from_secs(3))?;
+            let names = metadata.topics().iter().map(|topic| topic.name());
+            let names: Vec<&str> = names.filter(|name| name.starts_with(&topics.prefix)).collect();
+            if !names.is_empty() {
+                runtime.block_on(admin.delete_topics(&names, &options))?;
+            }
             anyhow::Ok(())
         });
         let _ = deleting.join();

@@ -343,7 +343,7 @@ fn binary(name: &str) -> PathBuf {
         .and_then(|deps| deps.parent())
         .unwrap_or_else(|| panic!("{} is not in a target directory", test.display()));
     let binary = profile.join(name);
-    assert!(binary.exists(), "{} is not built: run `make test`, or `cargo build -p {name}` first", binary.display());
+    assert!(binary.exists(), "{} is not built: run `make test`, or `cargo build --release` first", binary.display());
     binary
 }
 

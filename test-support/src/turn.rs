@@ -56,7 +56,7 @@ pub async fn alone() -> Turn {
 }
 
 /// For a test that loads the machine now and then, or measures time in seconds: runs beside one of
-/// its like.
+/// its like, or four others.
 pub async fn beside_one() -> Turn {
     take(Kind::BesideOne).await
 }

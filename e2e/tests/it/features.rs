@@ -176,8 +176,8 @@ impl Debug for Shop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { lifecycle, settings, order_id, reply, .. } = self;
         let reply = reply.as_ref().map(Reply::summary);
-        let log = self.running.as_ref().map(|running| running.worker.log());
-        write!(f, "{lifecycle} {settings:?} order {order_id:?} last answer {reply:?}\nworker's log:\n{log:?}")
+        let log = self.running.as_ref().map(|running| running.api.log() + &running.worker.log()).unwrap_or_default();
+        write!(f, "{lifecycle} {settings:?} order {order_id:?} last answer {reply:?}\nlogs of both:\n{log}")
     }
 }
 

@@ -65,22 +65,19 @@ async fn twenty_kills_of_api_and_worker_under_load_lose_and_double_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_while_another_joins_is_replaced_as_soon() {
     let _turn = beside_one().await;
-    // Side by side: each waits for a session's end most of its time.
-    join_all((0..JOINS).map(kill_one_of_two)).await;
-}
-
-async fn kill_one_of_two(round: usize) {
-    // Of its own: two deaths within a session's time take two of them.
-    let system = System::new().await;
-    let (api, serving) = (system.api().await, system.worker().await);
-    let joining = Worker::spawn(&system.settings()).await;
-    // A random moment of its joining, which is the same for whoever of both dies.
-    sleep(Duration::from_millis(random(1500) as u64)).await;
-    let (dies, stays) = if round % 2 == 0 { (serving, joining) } else { (joining, serving) };
-    dies.kill9();
-    let accepted = answers_resume(api.shared_http(), Instant::now()).await;
-    system.ledger().check(accepted).await;
-    stays.assert_healthy().await;
+    for round in 0..JOINS {
+        // Of its own: two deaths within a session's time take two of them.
+        let system = System::new().await;
+        let (api, serving) = (system.api().await, system.worker().await);
+        let joining = Worker::spawn(&system.settings()).await;
+        // A random moment of its joining, which is the same for whoever of both dies.
+        sleep(Duration::from_millis(random(1500) as u64)).await;
+        let (dies, stays) = if round % 2 == 0 { (serving, joining) } else { (joining, serving) };
+        dies.kill9();
+        let accepted = answers_resume(api.shared_http(), Instant::now()).await;
+        system.ledger().check(accepted).await;
+        stays.assert_healthy().await;
+    }
 }
 
 /// Enough orders that every partition has one, the dead worker's too.

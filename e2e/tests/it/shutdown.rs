@@ -86,7 +86,7 @@ async fn an_api_that_stops_while_its_database_stands_still_refuses_those_who_wai
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_that_stand_still_do_not_hold_the_api_beyond_its_time() {
     const TIMEOUT: Duration = Duration::from_secs(4);
-    let _turn = beside_one().await;
+    let _turn = alone().await;
     let system = System::new().await;
     let api = system.api_with(&[("SHUTDOWN_TIMEOUT_MS", "4000")]).await;
     let large = json!({ "user_id": "user", "notes": "n".repeat(200_000) });

@@ -1,6 +1,6 @@
 //! Reads feature files. Of Gherkin it knows what ours use: Feature, Background, Scenario, Scenario Outline with
 //! Examples, steps, doc strings and tables (<https://cucumber.io/docs/gherkin/reference>). Any other line is refused
-//! by its number. cucumber itself would bring 60 crates for this, half a minute of each build.
+//! by its number. A step may begin with any of the keywords. cucumber itself would bring 60 crates for this.
 
 /// Begins with the steps of the background.
 pub(super) struct Scenario {
@@ -56,7 +56,7 @@ pub(super) fn scenarios(feature: &str) -> Vec<Scenario> {
             continue;
         }
         if let Some(name) = line.strip_prefix("Scenario:").or_else(|| line.strip_prefix("Scenario Outline:")) {
-            fill_in(&mut found, std::mem::take(&mut examples));
+            fill_in(&mut found, outline, std::mem::take(&mut examples));
             outline = line.starts_with("Scenario Outline:");
             place = Place::Scenario;
             found.push(Scenario { name: name.trim().to_owned(), steps: background.clone() });
@@ -67,7 +67,11 @@ pub(super) fn scenarios(feature: &str) -> Vec<Scenario> {
                 place = Place::Background;
                 continue;
             }
-            Place::Description => continue,
+            Place::Description => {
+                let is_text = keyword_removed(line).is_none() && !line.starts_with('@') && !line.ends_with(':');
+                assert!(is_text || line.starts_with("Feature:"), "line {number}: not a description: {line}");
+                continue;
+            }
             Place::Background => Some(&mut background),
             Place::Scenario if outline && line == "Examples:" => {
                 place = Place::Examples;
@@ -86,7 +90,14 @@ pub(super) fn scenarios(feature: &str) -> Vec<Scenario> {
         }
         let step = steps.last_mut().unwrap_or_else(|| panic!("line {number}: no step before {line}"));
         if line == "\"\"\"" {
-            let text: Vec<&str> = lines.by_ref().map(|(_, line)| line).take_while(|line| *line != "\"\"\"").collect();
+            let mut text = Vec::new();
+            loop {
+                let (_, line) = lines.next().unwrap_or_else(|| panic!("line {number}: a doc string without an end"));
+                if line == "\"\"\"" {
+                    break;
+                }
+                text.push(line);
+            }
             step.docstring = Some(text.join("\n"));
         } else if let Some(row) = cells(line) {
             step.table.push(row);
@@ -94,14 +105,17 @@ pub(super) fn scenarios(feature: &str) -> Vec<Scenario> {
             panic!("line {number}: neither a step nor a part of one: {line}");
         }
     }
-    fill_in(&mut found, examples);
+    fill_in(&mut found, outline, examples);
     found
 }
 
-/// Puts a scenario for each example in the place of the outline, the last one that was found.
-fn fill_in(found: &mut Vec<Scenario>, examples: Vec<Vec<String>>) {
-    let Some((columns, rows)) = examples.split_first() else { return };
-    let outline = found.pop().expect("examples follow their outline");
+/// Puts a scenario for each example in the place of the last one that was found, if that is an outline.
+fn fill_in(found: &mut Vec<Scenario>, is_outline: bool, examples: Vec<Vec<String>>) {
+    if !is_outline {
+        return;
+    }
+    let outline = found.pop().expect("an outline");
+    let Some((columns, rows @ [_, ..])) = examples.split_first() else { panic!("{} has no example", outline.name) };
     found.extend(rows.iter().map(|row| {
         assert_eq!(row.len(), columns.len(), "the examples of {}", outline.name);
         let steps = outline.steps.iter().map(|step| step.filled(columns, row)).collect();

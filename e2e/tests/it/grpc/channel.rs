@@ -10,7 +10,7 @@ use hyper_util::client::legacy::{Client, Error, ResponseFuture, connect::HttpCon
 use hyper_util::rt::TokioExecutor;
 use tonic::body::Body;
 
-/// One connection of HTTP/2, made with the first call.
+/// One connection of HTTP/2, made with the first call. A call that fails is not made again.
 #[derive(Clone, Debug)]
 pub(crate) struct Channel {
     client: Client<HttpConnector, Body>,
@@ -19,7 +19,7 @@ pub(crate) struct Channel {
 
 impl Channel {
     pub(crate) fn to(address: &str) -> Self {
-        let client = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+        let client = Client::builder(TokioExecutor::new()).http2_only(true).retry_canceled_requests(false).build_http();
         Self { client, address: address.parse().expect("an address") }
     }
 }
