@@ -262,7 +262,7 @@ one_set_of_features() {
   packages() {
     cargo tree --locked --prefix none --format '{p} [{f}]' "$@" | sed 's/ (\*)$//; s/ (proc-macro)//' | grep -v ' (/' | sort -u
   }
-  cd "$root"
+  cd "$root" || return
   binaries=$(packages -e normal,build) || die "cargo tree failed"
   all=$(packages -e normal,build,dev --workspace) || die "cargo tree failed"
   differing=$(awk 'NR == FNR { known[$0]; package[$1 $2]; next } $1 $2 in package && !($0 in known)' <(echo "$binaries") <(echo "$all"))
