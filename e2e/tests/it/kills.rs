@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::json;
-use test_support::{Accepted, CommitGate, HttpClient, System, Worker, beside_one, eventually, item, order};
+use test_support::{Accepted, CommitGate, HttpClient, System, Worker, alone, beside_one, eventually, item, order};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -20,7 +20,7 @@ const ANSWERS_RESUME_WITHIN: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_kills_of_api_and_worker_under_load_lose_and_double_nothing() {
-    let _turn = beside_one().await;
+    let _turn = alone().await;
     let system = System::new().await;
     let mut apis = [system.api().await, system.api().await];
     let mut workers = [system.worker().await, system.worker().await];

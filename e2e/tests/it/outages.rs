@@ -300,7 +300,7 @@ async fn a_worker_that_lost_its_connection_at_the_commit_handles_nothing_twice()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_stood_still_longer_than_an_answer_waits_for_it_brings_the_answer_when_it_goes_on() {
-    let _turn = long_beside_others().await;
+    let _turn = alone().await;
     let broker = PrivateKafka::start().await;
     let mut system = System::on(TestDb::new().await, broker.client());
     system.set("ACK_WAIT_MAX_MS", 55_000);
