@@ -293,7 +293,7 @@ impl Drop for TestKafka {
             let options = AdminOptions::new()
                 .request_timeout(Some(Duration::from_secs(3)))
                 .operation_timeout(Some(Duration::from_secs(1)));
-            // Those of lifecycles too, which are named for the test as well.
+            // The topics of lifecycles begin with the test's prefix too.
             let metadata = admin.inner().fetch_metadata(None, Duration::from_secs(3))?;
             let names = metadata.topics().iter().map(|topic| topic.name());
             let names: Vec<&str> = names.filter(|name| name.starts_with(&topics.prefix)).collect();

@@ -1,5 +1,5 @@
-//! Who runs beside whom. Tests that put load on the machine, or that measure time, would see each
-//! other's noise on two cores; the rest may share. `deploy/test` starts all tests at once, each on a
+//! Turns decide which tests run side by side. Tests that load the machine, or measure time, would see
+//! each other's noise on two cores; the rest may share. `deploy/test` starts all tests at once, each on a
 //! thread of its own, and they take turns here.
 
 use std::fs::{File, OpenOptions};
@@ -9,8 +9,8 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// As many ordinary tests as run at once, which keeps two cores busy: each of them waits for a
-/// disk, a broker or a deadline for most of its time.
+/// The number of ordinary tests that run at once. Eight keep two cores busy: each test waits for a
+/// disk, a broker or a deadline most of its time.
 const PLACES: usize = 8;
 
 static MACHINE: Mutex<Machine> = Mutex::new(Machine { taken: 0, waiting: [0; 4] });

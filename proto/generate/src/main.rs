@@ -1,6 +1,6 @@
 //! Generates the Rust code of `proto/*/*.proto`, without protoc. Run it with `make proto` after a change of a
-//! `.proto` file and commit the result. The build does not generate: the 30 crates that this takes would be compiled
-//! wherever OrderStream is.
+//! `.proto` file and commit the result. The build does not generate: the nineteen crates that this takes would be
+//! compiled wherever OrderStream is.
 
 use std::error::Error;
 use std::fmt::Write as _;

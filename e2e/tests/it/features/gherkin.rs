@@ -1,6 +1,7 @@
 //! Reads feature files. Of Gherkin it knows what ours use: Feature, Background, Scenario, Scenario Outline with
 //! Examples, steps, doc strings and tables (<https://cucumber.io/docs/gherkin/reference>). Any other line is refused
-//! by its number. A step may begin with any of the keywords. cucumber itself would bring 60 crates for this.
+//! by its number. A step may begin with any of the keywords. cucumber itself would bring dozens of
+//! crates, and ask for other features of those that the binaries use.
 
 /// Begins with the steps of the background.
 pub(super) struct Scenario {
@@ -10,7 +11,7 @@ pub(super) struct Scenario {
 
 #[derive(Clone)]
 pub(super) struct Step {
-    /// Of the file, from 1.
+    /// The step's line in the file, from 1.
     pub(super) line: usize,
     /// Without its keyword.
     pub(super) text: String,
@@ -35,7 +36,7 @@ impl Step {
     }
 }
 
-/// Where the lines that come next belong.
+/// The part of the file that the next lines belong to.
 enum Place {
     /// Before the first step: the feature's description.
     Description,
@@ -137,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_feature_is_read_with_its_background_doc_strings_tables_and_examples() {
+    fn every_part_of_a_feature_file_is_read() {
         let feature = r#"
             Feature: Loans
               Words that describe it.

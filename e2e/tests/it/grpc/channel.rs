@@ -1,5 +1,5 @@
-//! What gRPC's clients call through: hyper, as everything else here. The transport that comes with tonic would ask
-//! for features of tonic and tower that no release has, so that both would be compiled once more for the tests.
+//! The transport of the tests' gRPC clients: hyper, as everything else here. The transport that comes with tonic asks
+//! for features of tonic and tower that no release has, so both would be compiled once more for the tests.
 
 use std::task::{Context, Poll};
 
