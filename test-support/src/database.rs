@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use rustls::{ClientConfig, RootCertStore};
-use tokio_postgres_rustls::MakeRustlsConnect;
-
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio_postgres::{Client, NoTls, types::ToSql};
+use tokio_postgres_rustls::MakeRustlsConnect;
 use uuid::Uuid;
 
 /// A server that hangs must not hang the end of a test as well.
@@ -185,7 +185,16 @@ impl Drop for TestDb {
             })
         });
         // A server that the test has stopped takes its databases along; nothing to complain of.
-        let _ = dropping.join();
+        without_holding_others_up(|| drop(dropping.join()));
+    }
+}
+
+/// PostgreSQL drops a database only when nobody is about to log in, so a task of the same runtime that
+/// is logging in must get on while this thread waits.
+fn without_holding_others_up(wait: impl FnOnce()) {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(wait),
+        _ => wait(),
     }
 }
 

@@ -38,9 +38,10 @@ async fn carry_out(feature: &str) {
     let scenarios = gherkin::scenarios(&text);
     assert!(!scenarios.is_empty(), "{path} has no scenario");
     let failed: Vec<String> = futures_util::stream::iter(scenarios)
-        .map(run)
+        // Each is a task of its own: one that blocks its thread, to drop its database, holds up no other.
+        .map(|scenario| tokio::spawn(run(scenario)))
         .buffer_unordered(AT_ONCE)
-        .filter_map(async |outcome| outcome.err())
+        .filter_map(async |outcome| outcome.expect("panics are caught").err())
         .collect()
         .await;
     assert!(failed.is_empty(), "features/{feature}.feature, panics see above:\n{}", failed.join("\n"));
