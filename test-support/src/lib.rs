@@ -33,5 +33,5 @@ pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start, 
 pub use proxy::{Mode, Proxy};
 pub use redis::PrivateRedis;
 pub use system::System;
-pub use turn::{Turn, alone, beside_one, beside_others, long_beside_others};
+pub use turn::{Turn, alone, beside_few, beside_others, long_beside_few, long_beside_others};
 pub use wait::{eventually, wait_for};

@@ -13,14 +13,14 @@ use tokio::time::Instant;
 /// disk, a broker or a deadline most of its time.
 const PLACES: usize = 8;
 
-static MACHINE: Mutex<Machine> = Mutex::new(Machine { taken: 0, waiting: [0; 4] });
+static MACHINE: Mutex<Machine> = Mutex::new(Machine { taken: 0, waiting: [0; 5] });
 static CHANGED: Notify = Notify::const_new();
 
 struct Machine {
     /// Places.
     taken: usize,
     /// Tests, by their kind.
-    waiting: [usize; 4],
+    waiting: [usize; 5],
 }
 
 /// In the order in which they run: as long as those of few places wait, no place stays empty.
@@ -28,7 +28,8 @@ struct Machine {
 enum Kind {
     Long,
     Ordinary,
-    BesideOne,
+    LongBesideFew,
+    BesideFew,
     Alone,
 }
 
@@ -36,7 +37,7 @@ impl Kind {
     fn places(self) -> usize {
         match self {
             Self::Long | Self::Ordinary => 1,
-            Self::BesideOne => PLACES / 2,
+            Self::LongBesideFew | Self::BesideFew => PLACES / 4,
             Self::Alone => PLACES,
         }
     }
@@ -55,10 +56,15 @@ pub async fn alone() -> Turn {
     take(Kind::Alone).await
 }
 
-/// For a test that loads the machine now and then, or measures time in seconds: runs beside one of
-/// its like, or four others.
-pub async fn beside_one() -> Turn {
-    take(Kind::BesideOne).await
+/// For a test that loads the machine now and then, or measures time in seconds: runs beside three of
+/// its like.
+pub async fn beside_few() -> Turn {
+    take(Kind::BesideFew).await
+}
+
+/// As [`beside_few`], for a test that takes half a minute or more: begins before them.
+pub async fn long_beside_few() -> Turn {
+    take(Kind::LongBesideFew).await
 }
 
 /// For every other test: runs beside its like, never beside one that asked to be alone.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt};
 use serde_json::json;
-use test_support::{Accepted, System, beside_one, item, order};
+use test_support::{Accepted, System, beside_few, item, order};
 
 use crate::scenarios;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_of_3000_callers_over_three_apis_gets_its_own_orders_answer() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let apis = [system.api().await, system.api().await, system.api().await];
     let _workers = [system.worker().await, system.worker().await];
@@ -25,7 +25,7 @@ async fn each_of_3000_callers_over_three_apis_gets_its_own_orders_answer() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_of_200_updates_of_one_order_is_answered_with_the_version_it_made() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let apis = [system.api().await, system.api().await, system.api().await];
     let _workers = [system.worker().await, system.worker().await];
@@ -84,7 +84,7 @@ async fn each_of_200_updates_of_one_order_is_answered_with_the_version_it_made()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn changes_of_a_few_orders_from_everywhere_neither_deadlock_nor_get_lost() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let apis = [system.api().await, system.api().await, system.api().await];
     let _workers = [system.worker().await, system.worker().await];

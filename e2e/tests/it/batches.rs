@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use test_support::{Accepted, Api, Reply, System, alone, beside_one, eventually, item, order, wait_for};
+use test_support::{Accepted, Api, Reply, System, alone, beside_few, eventually, item, order, wait_for};
 use tokio::time::Instant;
 
 /// Posts all at once while every write waits, so that they meet in as few batches as can be.
@@ -39,7 +39,7 @@ async fn post_together(system: &System, orders: Vec<Value>, prefer: &'static str
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_order_that_the_database_refuses_harms_none_of_the_255_beside_it() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     drop(system.api().await);
     // A refusal that no rule at the door foresees.
@@ -67,7 +67,7 @@ async fn one_order_that_the_database_refuses_harms_none_of_the_255_beside_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_order_that_the_worker_refuses_harms_none_of_the_255_beside_it() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let _worker = system.worker().await;
     let mut orders: Vec<Value> = (0..256).map(|n| order(&format!("user-{n}"))).collect();
@@ -88,7 +88,7 @@ async fn one_order_that_the_worker_refuses_harms_none_of_the_255_beside_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_order_sent_256_times_at_once_exists_once() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let mut same = order("user");
     same["external_id"] = json!("market-1");
@@ -107,7 +107,7 @@ async fn the_same_order_sent_256_times_at_once_exists_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_256_orders_with_one_external_id_and_different_content_exactly_one_wins() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let orders = (0..256)
         .map(|n| json!({ "user_id": "user", "external_id": "market-1", "items": [item("sku", n + 1, "1.00")] }))
@@ -121,7 +121,7 @@ async fn of_256_orders_with_one_external_id_and_different_content_exactly_one_wi
 
 #[tokio::test(flavor = "multi_thread")]
 async fn updates_that_meet_a_delete_in_one_batch_come_before_it_or_are_refused() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let first = system.api().await;
     let created = first.http().post_order_async(&order("user")).await.expect_status(201);
@@ -150,7 +150,7 @@ async fn updates_that_meet_a_delete_in_one_batch_come_before_it_or_are_refused()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_cannot_be_handled_is_parked_alone_and_handled_once_it_can_be() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let mut system = System::new().await;
     system.set("RETRY_DELAY", "100ms");
     system.set("RETRY_DELAY_MAX", "500ms");
@@ -195,7 +195,7 @@ async fn a_message_that_cannot_be_handled_is_parked_alone_and_handled_once_it_ca
 #[tokio::test(flavor = "multi_thread")]
 async fn an_order_that_takes_the_database_too_long_is_parked_alone() {
     const ORDERS: usize = 40;
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let mut system = System::new().await;
     let api = system.api().await;
     system.set("DB_WRITE_TIMEOUT", "1s");

@@ -15,7 +15,7 @@ use proto::orders::service::v1::{
     orders_service_client::OrdersServiceClient,
 };
 use serde_json::{Value, json};
-use test_support::{Api, System, alone, beside_others, eventually, wait_for};
+use test_support::{Api, System, alone, beside_few, beside_others, eventually, wait_for};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
@@ -350,7 +350,7 @@ async fn what_no_proper_client_sends_is_refused_and_stops_nobody() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_takes_no_answers_holds_up_itself_alone() {
     const ASKED: usize = 900;
-    let _turn = alone().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let api = system.api().await;
     let mut client = orders(&api);
@@ -397,7 +397,7 @@ async fn a_client_that_takes_no_answers_holds_up_itself_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_api_that_stops_answers_its_parked_calls_and_says_that_it_does_not_serve() {
-    let _turn = alone().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let api = system.api_with(&[("SHUTDOWN_TIMEOUT_MS", "6000")]).await;
     let channel = channel(&api);

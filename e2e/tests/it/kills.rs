@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::json;
-use test_support::{Accepted, CommitGate, HttpClient, System, Worker, alone, beside_one, eventually, item, order};
+use test_support::{
+    Accepted, CommitGate, HttpClient, System, Worker, beside_few, eventually, item, long_beside_few, order,
+};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -20,7 +22,7 @@ const ANSWERS_RESUME_WITHIN: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_kills_of_api_and_worker_under_load_lose_and_double_nothing() {
-    let _turn = alone().await;
+    let _turn = long_beside_few().await;
     let system = System::new().await;
     let mut apis = [system.api().await, system.api().await];
     let mut workers = [system.worker().await, system.worker().await];
@@ -64,7 +66,7 @@ async fn twenty_kills_of_api_and_worker_under_load_lose_and_double_nothing() {
 /// only then begins its time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_while_another_joins_is_replaced_as_soon() {
-    let _turn = beside_one().await;
+    let _turn = long_beside_few().await;
     for round in 0..JOINS {
         // Of its own: two deaths within a session's time take two of them.
         let system = System::new().await;
@@ -120,7 +122,7 @@ fn random(below: u128) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_between_commit_and_ack_is_answered_for_by_the_next_one() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let api = system.api().await;
     let first = system.worker().await;
@@ -154,7 +156,7 @@ async fn a_worker_killed_between_commit_and_ack_is_answered_for_by_the_next_one(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_wakes_after_its_partitions_were_taken_over_changes_nothing() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let mut system = System::new().await;
     // So that PostgreSQL does not end the sleeper's transaction before the other wants its order.
     system.set("DB_WRITE_TIMEOUT", "60s");

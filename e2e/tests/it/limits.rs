@@ -5,7 +5,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use test_support::{
-    Accepted, CommitGate, HttpClient, Method, Reply, System, beside_one, beside_others, eventually, order,
+    Accepted, CommitGate, HttpClient, Method, Reply, System, beside_few, beside_others, eventually, order,
 };
 use tokio::task::JoinSet;
 use tonic::Code;
@@ -202,7 +202,7 @@ async fn when_new_orders_find_no_place_they_are_refused_at_once_and_changes_are_
     /// What one connection of gRPC has under way; of these so many are more than may wait.
     const STREAMS: usize = 1000;
     const CONNECTIONS: usize = 6;
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let mut system = System::new().await;
     system.set("DB_WRITE_TIMEOUT", "60s");
     let api = system.api().await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use test_support::{
     Accepted, Api, CommitGate, Dsn, Mode, PrivateKafka, PrivatePostgres, Proxy, System, TestDb, TestKafka, Worker,
-    alone, beside_one, beside_others, eventually, long_beside_others, order, wait_for,
+    alone, beside_few, beside_others, eventually, long_beside_few, long_beside_others, order, wait_for,
 };
 use tokio::time::{Instant, sleep_until};
 
@@ -19,7 +19,7 @@ const START_WITHOUT_KAFKA: Duration = Duration::from_secs(15);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn kafka_away_for_30_s_delays_answers_and_loses_nothing() {
-    let _turn = beside_one().await;
+    let _turn = long_beside_few().await;
     let mut broker = PrivateKafka::start().await;
     let mut system = System::on(TestDb::new().await, broker.client());
     system.set("ACK_WAIT_MS", 1_000);
@@ -118,7 +118,7 @@ async fn changes_made_while_kafka_is_away_reach_it_in_version_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_away_for_10_s_is_answered_503_and_recovered_from() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let mut server = PrivatePostgres::start().await;
     let mut system = System::on(TestDb::on(server.dsn()).await, TestKafka::new());
     let (api, worker) = (system.api().await, system.worker().await);
@@ -203,7 +203,7 @@ async fn a_database_that_hangs_is_answered_503_in_time() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_connection_to_the_database_leaves_no_order_in_doubt() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let proxy = Proxy::to(&Dsn::from_env().address()).await;
     let through = system.db.dsn().with_address(&proxy.address()).to_string();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use test_support::{
-    Accepted, Api, CommitGate, PrivateKafka, System, TestDb, beside_one, beside_others, eventually, item, order,
+    Accepted, Api, CommitGate, PrivateKafka, System, TestDb, beside_few, beside_others, eventually, item, order,
     wait_for,
 };
 
@@ -263,7 +263,7 @@ async fn a_message_that_the_broker_refuses_for_good_is_parked_and_holds_nobody_u
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_lay_in_a_stopped_replicas_own_queue_never_overtakes() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let mut broker = PrivateKafka::start().await;
     let mut system = System::on(TestDb::new().await, broker.client());
     system.set(GRACE.0, GRACE.1);
@@ -291,7 +291,7 @@ async fn what_lay_in_a_stopped_replicas_own_queue_never_overtakes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bursts_of_updates_over_two_replicas_appear_once_and_in_order() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let apis = [system.api().await, system.api().await];
     let mut accepted = Vec::new();

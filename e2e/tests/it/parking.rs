@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use test_support::{
-    Api, HttpClient, Method, Record, Settings, System, Worker, alone, beside_one, beside_others, eventually, wait_for,
+    Api, HttpClient, Method, Record, Settings, System, Worker, alone, beside_few, beside_others, eventually, wait_for,
 };
 use tokio::time::Instant;
 
@@ -272,7 +272,7 @@ async fn what_is_discarded_stays_so_and_lets_the_next_one_pass() {
 async fn parking_under_fire_keeps_each_orders_sequence() {
     const ORDERS: usize = 200;
     const EACH: usize = 20;
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let swing = Swing::new(&[("RETRY_ATTEMPTS", "1000"), ("RETRY_DELAY_MAX", "200ms")]).await;
     let api = Api::start(&swing.settings).await;
     let _workers = [Worker::start(&swing.settings).await, Worker::start(&swing.settings).await];

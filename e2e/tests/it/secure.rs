@@ -1,12 +1,12 @@
 //! A PostgreSQL that demands TLS and a Kafka that demands a password.
 
-use test_support::{PrivateKafka, PrivatePostgres, Settings, System, TestDb, Worker, beside_one};
+use test_support::{PrivateKafka, PrivatePostgres, Settings, System, TestDb, Worker, beside_few};
 
 use crate::scenarios;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_with_tls_and_kafka_with_sasl_serve_as_any_other() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let (server, broker) = (PrivatePostgres::start_with_tls().await, PrivateKafka::start_with_sasl().await);
     let mut system = System::on(TestDb::on(server.dsn()).await, broker.client());
     assert!(system.db.dsn().to_string().contains("sslmode=verify-full"), "{}", system.db.dsn());
@@ -29,7 +29,7 @@ async fn postgres_with_tls_and_kafka_with_sasl_serve_as_any_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_whose_certificate_is_not_trusted_is_not_talked_to() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let server = PrivatePostgres::start_with_tls().await;
     let system = System::on(TestDb::on(server.dsn()).await, test_support::TestKafka::new());
     let untrusting = system.db.dsn().with_query("sslmode=verify-full").to_string();

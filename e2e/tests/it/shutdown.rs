@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
-use test_support::{Accepted, HttpClient, PrivateKafka, Reply, System, TestDb, alone, beside_one, order, wait_for};
+use test_support::{Accepted, HttpClient, PrivateKafka, Reply, System, TestDb, alone, beside_few, order, wait_for};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -19,7 +19,7 @@ const BOUND: Duration = Duration::from_secs(15);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_api_that_stops_under_load_answers_every_request_it_began() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     // A load balancer's view: the grace lets kept connections end between two requests.
     let api = system.api_with(&[("SHUTDOWN_GRACE_MS", "1000")]).await;
@@ -31,7 +31,7 @@ async fn an_api_that_stops_under_load_answers_every_request_it_began() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_api_that_stops_without_a_worker_answers_its_parked_callers_with_202() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let api = system.api().await;
     let posts: Vec<_> = (0..50)
@@ -57,7 +57,7 @@ async fn an_api_that_stops_without_a_worker_answers_its_parked_callers_with_202(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_api_that_stops_while_its_database_stands_still_refuses_those_who_wait_for_it() {
-    let _turn = alone().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let api = system.api_with(&[("SHUTDOWN_TIMEOUT_MS", "4000"), ("DB_WRITE_TIMEOUT", "60s")]).await;
     let mut holder = system.db.connect().await;
@@ -86,7 +86,7 @@ async fn an_api_that_stops_while_its_database_stands_still_refuses_those_who_wai
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_that_stand_still_do_not_hold_the_api_beyond_its_time() {
     const TIMEOUT: Duration = Duration::from_secs(4);
-    let _turn = alone().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let api = system.api_with(&[("SHUTDOWN_TIMEOUT_MS", "4000")]).await;
     let large = json!({ "user_id": "user", "notes": "n".repeat(200_000) });
@@ -109,7 +109,7 @@ async fn clients_that_stand_still_do_not_hold_the_api_beyond_its_time() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_stops_in_time_though_its_broker_stands_still() {
-    let _turn = beside_one().await;
+    let _turn = beside_few().await;
     let broker = PrivateKafka::start().await;
     let system = System::on(TestDb::new().await, broker.client());
     let worker = system.worker_with(&[("SHUTDOWN_TIMEOUT_MS", "4000")]).await;
@@ -210,7 +210,7 @@ async fn a_worker_that_stops_under_load_hands_over_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_processes_stop_in_order_and_soon() {
-    let _turn = alone().await;
+    let _turn = beside_few().await;
     let system = System::new().await;
     let (api, worker) = (system.api().await, system.worker().await);
     api.http().post_order(&order("user")).await.expect_status(201);
