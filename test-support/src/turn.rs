@@ -62,7 +62,7 @@ pub async fn beside_few() -> Turn {
     take(Kind::BesideFew).await
 }
 
-/// As [`beside_few`], for a test that takes half a minute or more: begins before them.
+/// For a test that takes half a minute or more, and else fits [`beside_few`]: begins before those.
 pub async fn long_beside_few() -> Turn {
     take(Kind::LongBesideFew).await
 }
@@ -72,8 +72,8 @@ pub async fn beside_others() -> Turn {
     take(Kind::Ordinary).await
 }
 
-/// As [`beside_others`], for a test that takes half a minute or more: begins before them, so that it
-/// does not run on when they are done.
+/// For a test that takes half a minute or more, most of it waiting: begins before those of
+/// [`beside_others`], so that it does not run on when they are done.
 pub async fn long_beside_others() -> Turn {
     take(Kind::Long).await
 }
