@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
@@ -67,6 +67,17 @@ impl Record {
         self.partition = Some(partition);
         self
     }
+}
+
+/// The copies of one partition.
+#[derive(Clone, Debug)]
+pub struct Copies {
+    pub topic: String,
+    pub partition: i32,
+    /// That it has, dead ones too.
+    pub wanted: usize,
+    /// That have all of it; none when nobody leads it.
+    pub whole: usize,
 }
 
 /// A record as it lies on its topic.
@@ -160,9 +171,10 @@ impl TestKafka {
         &self.topics
     }
 
-    /// `settings` are the topic's own: `max.message.bytes` and the like.
+    /// `settings` are the topic's own: `max.message.bytes` and the like. It gets as many copies as the broker
+    /// gives one that asks for nothing.
     pub async fn create_topic(&self, topic: &str, partitions: i32, settings: &[(&str, &str)]) {
-        let mut new = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
+        let mut new = NewTopic::new(topic, partitions, TopicReplication::Fixed(-1));
         for (key, value) in settings {
             new = new.set(key, value);
         }
@@ -181,6 +193,42 @@ impl TestKafka {
             }
         })
         .await;
+    }
+
+    /// Gives a topic more partitions: `partitions` in all.
+    pub async fn grow_topic(&self, topic: &str, partitions: usize) {
+        let wanted = NewPartitions::new(topic, partitions);
+        let options = AdminOptions::new().operation_timeout(Some(CALL_TIMEOUT));
+        let results = self
+            .admin()
+            .create_partitions([&wanted], &options)
+            .await
+            .unwrap_or_else(|error| panic!("growing topic {topic}: {error}"));
+        for result in results {
+            result.unwrap_or_else(|(topic, code)| panic!("growing topic {topic}: {code}"));
+        }
+    }
+
+    /// How it stands with the copies of each partition of each topic.
+    ///
+    /// # Errors
+    /// When no broker answers.
+    pub async fn copies(&self) -> Result<Vec<Copies>, KafkaError> {
+        let config = self.reader();
+        blocking(move || {
+            let consumer: BaseConsumer = config.create()?;
+            let metadata = consumer.fetch_metadata(None, CALL_TIMEOUT)?;
+            let copies = metadata.topics().iter().flat_map(|topic| {
+                topic.partitions().iter().map(|partition| Copies {
+                    topic: topic.name().to_owned(),
+                    partition: partition.id(),
+                    wanted: partition.replicas().len(),
+                    whole: if partition.leader() < 0 { 0 } else { partition.isr().len() },
+                })
+            });
+            Ok(copies.collect())
+        })
+        .await
     }
 
     /// Sends one record and waits until the broker has it; gives its partition and offset.

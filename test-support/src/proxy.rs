@@ -1,6 +1,7 @@
 //! A TCP proxy that can be cut, frozen and restored: the network, broken on purpose.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -18,10 +19,13 @@ pub enum Mode {
     Frozen,
     /// What the client says passes, what the server answers does not: the outcome stays unknown.
     RepliesHeld,
+    /// Bytes pass, each lot of them so much later: a server far away.
+    Slow(Duration),
 }
 
 pub struct Proxy {
     address: SocketAddr,
+    upstream: watch::Sender<String>,
     mode: watch::Sender<Mode>,
     accepting: JoinHandle<()>,
 }
@@ -36,14 +40,25 @@ impl Proxy {
     /// For a server that advertises an address (Kafka): the proxy has to be at that one.
     pub fn with_listener(listener: TcpListener, upstream: &str) -> Self {
         let address = listener.local_addr().expect("a bound listener has an address");
+        let (upstream, upstreams) = watch::channel(upstream.to_owned());
         let (mode, modes) = watch::channel(Mode::Open);
-        let accepting = tokio::spawn(accept(listener, upstream.to_owned(), modes));
-        Self { address, mode, accepting }
+        let accepting = tokio::spawn(accept(listener, upstreams, modes));
+        Self { address, upstream, mode, accepting }
+    }
+
+    /// New connections lead to another server from now on. Those that are there stay where they are, as with
+    /// an address that moves.
+    pub fn lead_to(&self, upstream: &str) {
+        self.upstream.send_replace(upstream.to_owned());
     }
 
     /// `host:port` for the client.
     pub fn address(&self) -> String {
         self.address.to_string()
+    }
+
+    pub fn port(&self) -> u16 {
+        self.address.port()
     }
 
     pub fn set(&self, mode: Mode) {
@@ -70,12 +85,13 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, upstream: String, modes: watch::Receiver<Mode>) {
+async fn accept(listener: TcpListener, upstream: watch::Receiver<String>, modes: watch::Receiver<Mode>) {
     while let Ok((client, _)) = listener.accept().await {
         if *modes.borrow() == Mode::Cut {
             continue;
         }
-        tokio::spawn(carry(client, upstream.clone(), modes.clone()));
+        let upstream = upstream.borrow().clone();
+        tokio::spawn(carry(client, upstream, modes.clone()));
     }
 }
 
@@ -89,7 +105,7 @@ async fn carry(client: TcpStream, upstream: String, mut modes: watch::Receiver<M
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     let requests = copy(from_client, to_server, modes.clone(), |mode| mode != Mode::Frozen);
-    let replies = copy(from_server, to_client, modes.clone(), |mode| mode == Mode::Open);
+    let replies = copy(from_server, to_client, modes.clone(), |mode| matches!(mode, Mode::Open | Mode::Slow(_)));
     tokio::select! {
         () = async { tokio::join!(requests, replies); } => {}
         _ = modes.wait_for(|mode| *mode == Mode::Cut) => {}
@@ -109,8 +125,11 @@ async fn copy(
             Ok(read) => read,
         };
         // After the read: bytes that arrive while frozen are the ones to hold.
-        if modes.wait_for(|mode| passes(*mode)).await.is_err() {
+        let Ok(mode) = modes.wait_for(|mode| passes(*mode)).await.map(|mode| *mode) else {
             break;
+        };
+        if let Mode::Slow(later) = mode {
+            tokio::time::sleep(later).await;
         }
         if to.write_all(&buffer[..read]).await.is_err() {
             break;
@@ -121,8 +140,6 @@ async fn copy(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     async fn echo_server() -> String {
@@ -165,5 +182,19 @@ mod tests {
         assert!(silent.is_err());
         proxy.restore();
         assert_eq!(stream.read_u8().await.expect("the held byte"), 7);
+    }
+
+    #[tokio::test]
+    async fn new_connections_go_where_the_address_leads_now() {
+        let proxy = Proxy::to("127.0.0.1:1").await;
+        let mut nowhere = TcpStream::connect(proxy.address()).await.expect("connecting");
+        assert!(nowhere.read_u8().await.is_err());
+        proxy.lead_to(&echo_server().await);
+        let mut stream = TcpStream::connect(proxy.address()).await.expect("connecting");
+        assert_eq!(echo(&mut stream).await.expect("open"), 7);
+        proxy.set(Mode::Slow(Duration::from_millis(20)));
+        let asked = tokio::time::Instant::now();
+        assert_eq!(echo(&mut stream).await.expect("slow"), 7);
+        assert!(asked.elapsed() >= Duration::from_millis(40));
     }
 }
