@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::Context as _;
 use redis::{
-    Client, ErrorKind, ExistenceCheck, RedisError, SetExpiry, SetOptions,
+    Client, ErrorKind, ExistenceCheck, RedisError, ServerErrorKind, SetExpiry, SetOptions,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -69,7 +69,9 @@ impl fmt::Display for Key<'_> {
 pub struct Cache(Option<Arc<Redis>>);
 
 struct Redis {
-    connection: ConnectionManager,
+    client: Client,
+    /// And how many there were before it.
+    connection: Mutex<(ConnectionManager, u64)>,
     ttl: Duration,
     /// Of reading, and of forgetting: what is too slow to read is still to be forgotten.
     reading: Mutex<Health>,
@@ -100,14 +102,9 @@ impl Cache {
         };
         let url = if address.contains("://") { address.to_owned() } else { format!("redis://{address}") };
         let client = Client::open(url).context("REDIS_ADDR is no host:port, and no redis:// or rediss:// URL")?;
-        // One attempt: whoever asks has a deadline, and then Redis is left alone for a while.
-        let config = ConnectionManagerConfig::new()
-            .set_number_of_retries(0)
-            .set_connection_timeout(Some(PATIENCE))
-            .set_response_timeout(Some(PATIENCE));
-        let connection = ConnectionManager::new_lazy_with_config(client, config).context("REDIS_ADDR")?;
+        let connection = Mutex::new((connect(&client).context("REDIS_ADDR")?, 0));
         let (reading, forgetting) = Default::default();
-        Ok(Self(Some(Arc::new(Redis { connection, ttl: settings.cache_ttl, reading, forgetting }))))
+        Ok(Self(Some(Arc::new(Redis { client, connection, ttl: settings.cache_ttl, reading, forgetting }))))
     }
 
     /// What is kept and `is_meant` (whoever may write to Redis could have put another's there), else
@@ -170,6 +167,16 @@ impl Cache {
     }
 }
 
+/// When it is used.
+fn connect(client: &Client) -> Result<ConnectionManager, RedisError> {
+    // One attempt: whoever asks has a deadline, and then Redis is left alone for a while.
+    let config = ConnectionManagerConfig::new()
+        .set_number_of_retries(0)
+        .set_connection_timeout(Some(PATIENCE))
+        .set_response_timeout(Some(PATIENCE));
+    ConnectionManager::new_lazy_with_config(client.clone(), config)
+}
+
 /// What a look for a key came to.
 enum Looked {
     Found(Vec<u8>),
@@ -221,20 +228,34 @@ impl Redis {
         for key in keys {
             pipe.pset_ex(key, "", MARK.as_millis() as u64).ignore();
         }
-        let mut connection = self.connection.clone();
-        let marked: Result<(), Failed> = self.asking(&self.forgetting, pipe.query_async(&mut connection)).await;
+        let (mut connection, number) = self.connection();
+        let marked: Result<(), Failed> = self.asking(&self.forgetting, number, pipe.query_async(&mut connection)).await;
         count(if marked.is_ok() { "forgotten" } else { "not_forgotten" });
     }
 
     async fn ask<T: redis::FromRedisValue>(&self, command: &redis::Cmd) -> Result<T, Failed> {
-        let mut connection = self.connection.clone();
-        self.asking(&self.reading, command.query_async(&mut connection)).await
+        let (mut connection, number) = self.connection();
+        self.asking(&self.reading, number, command.query_async(&mut connection)).await
+    }
+
+    fn connection(&self) -> (ConnectionManager, u64) {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Nobody asks by this connection again: what it leads to may be what Redis was, and stay silent or a
+    /// replica for as long as we hold on to it.
+    fn give_up(&self, number: u64) {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (true, Ok(new)) = (connection.1 == number, connect(&self.client)) {
+            *connection = (new, number + 1);
+        }
     }
 
     /// Under the deadline, unless Redis has just failed at the like.
     async fn asking<T>(
         &self,
         health: &Mutex<Health>,
+        number: u64,
         asked: impl Future<Output = Result<T, RedisError>>,
     ) -> Result<T, Failed> {
         let health = || health.lock().unwrap_or_else(PoisonError::into_inner);
@@ -249,11 +270,13 @@ impl Redis {
                 }
                 return Ok(value);
             }
-            // What it refuses it has heard: this key is of another kind, there is no room.
-            Ok(Err(error)) => (error.to_string(), !matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)),
+            Ok(Err(error)) => (error.to_string(), is_away(&error)),
             Err(_) => (format!("no answer within {PATIENCE:?}"), true),
         };
         metrics::counter!("orderstream_cache_failures_total").increment(1);
+        if is_away {
+            self.give_up(number);
+        }
         let mut health = health();
         if is_away {
             let rest = health.rest.delay();
@@ -264,6 +287,16 @@ impl Redis {
             tracing::warn!(error, "Redis {what}");
         }
         Err(Failed)
+    }
+}
+
+/// What it refuses it has heard: this key is of another kind, there is no room. But one that is a replica, or
+/// is still loading, is not the Redis that is meant.
+fn is_away(error: &RedisError) -> bool {
+    use ServerErrorKind::{BusyLoading, MasterDown, ReadOnly};
+    match error.kind() {
+        ErrorKind::Server(kind) => matches!(kind, ReadOnly | MasterDown | BusyLoading),
+        kind => kind != ErrorKind::Extension,
     }
 }
 

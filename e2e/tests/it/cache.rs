@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use test_support::{HttpClient, PrivateRedis, System, alone, beside_others, eventually, order};
+use test_support::{HttpClient, PrivateRedis, Proxy, System, alone, beside_others, eventually, order};
 use tokio::time::Instant;
 
 /// The versions of an order, and when their callers were told.
@@ -75,6 +75,33 @@ async fn what_is_kept_is_as_it_reads_and_forgotten_on_every_change_of_either_bin
         }
     }
     assert!(counted(plain.http(), "hit").await < 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_became_a_replica_is_left_for_the_one_that_its_address_leads_to_now() {
+    let _turn = beside_others().await;
+    let (one, other) = (PrivateRedis::start().await, PrivateRedis::start().await);
+    let address = Proxy::to(&one.address()).await;
+    let mut system = with_redis(&one, "10m").await;
+    system.set("REDIS_ADDR", address.address());
+    let (api, _worker) = (system.api().await, system.worker().await);
+    let id = api.http().post_order(&order("alice")).await.expect_status(201).text("order_id");
+    let path = format!("/orders/{id}");
+    read_until_kept(api.http(), &path).await;
+
+    address.lead_to(&other.address());
+    one.ask(&format!("REPLICAOF {}", other.address().replace(':', " "))).await.expect("an answer");
+    // What it is asked to forget it refuses.
+    eventually("the new one to be used", || async {
+        let change = json!({"order_id": id, "notes": "changed"});
+        api.http().post_order(&change).await.expect_status(200);
+        match other.size().await {
+            0 => Err("it is empty".to_owned()),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    read_until_kept(api.http(), &path).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
