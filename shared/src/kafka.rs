@@ -219,7 +219,8 @@ impl Producer {
         result
     }
 
-    /// Asks the broker for a topic's metadata, which also opens the connections.
+    /// Asks the broker for a topic's metadata, which also opens the connections. From then on messages
+    /// reach each of its partitions.
     ///
     /// # Errors
     /// When no broker answers, or it does not know the topic.
@@ -256,6 +257,8 @@ impl Client {
                 ("linger.ms", pace.linger_ms()),
                 // Topics are made by `ensure_topics`, with as many partitions as they should have.
                 ("allow.auto.create.topics", "false"),
+                // So that all who write to a topic soon know of partitions that it is given later.
+                ("topic.metadata.refresh.interval.ms", "10000"),
                 // So that a message for one that is not there fails for that reason, rather than by
                 // running out of time like those of a broker that is away.
                 ("topic.metadata.propagation.max.ms", "3000"),
@@ -307,19 +310,20 @@ pub fn is_refused(error: &KafkaError) -> bool {
     )
 }
 
-/// Is it this topic alone that cannot be written now, while others may be?
+/// Is the place unknown that a message was sent to? As far as the client knew: it may be newer than that.
 #[must_use]
-pub fn is_of_topic(error: &KafkaError) -> bool {
+pub fn is_unknown(error: &KafkaError) -> bool {
     use RDKafkaErrorCode as Code;
     matches!(
         error.rdkafka_error_code(),
-        Some(
-            Code::UnknownTopic
-                | Code::UnknownTopicOrPartition
-                | Code::UnknownPartition
-                | Code::TopicAuthorizationFailed
-        )
+        Some(Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition)
     )
+}
+
+/// Is it this topic alone that cannot be written now, while others may be?
+#[must_use]
+pub fn is_of_topic(error: &KafkaError) -> bool {
+    is_unknown(error) || error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed)
 }
 
 /// Makes the topics that are not there. Warns where one copy is all there is.

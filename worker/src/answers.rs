@@ -1,9 +1,11 @@
 //! Sends the answers, and marks records as read once theirs are with the broker. An answer that the
-//! broker did not take in time is sent again, apart from the others, which it must not hold up.
+//! broker did not take in time, or whose partition is newer than what we know of its topic, is sent again,
+//! apart from the others, which it must not hold up.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use rdkafka::{
     consumer::{Consumer as _, StreamConsumer},
     error::{KafkaError, RDKafkaErrorCode},
@@ -11,7 +13,7 @@ use rdkafka::{
 };
 use shared::{
     backoff::Backoff,
-    kafka::{Context, Pace, Producer},
+    kafka::{Context, Pace, Producer, is_unknown},
 };
 use tokio::{
     sync::mpsc,
@@ -27,6 +29,8 @@ const UNSETTLED: usize = 64;
 const LATE: usize = 10_000;
 /// So long an answer is worth sending: twice the longest time that a caller waits (ACK_WAIT_MAX_MS).
 const WORTH: Duration = Duration::from_secs(60);
+/// So long one whose partition is not there, which we may not know yet: whoever asks may name any.
+const WORTH_LOOKING: Duration = Duration::from_secs(10);
 
 /// Topic and partition.
 pub(crate) type PartitionId = (String, i32);
@@ -35,6 +39,18 @@ pub(crate) type PartitionId = (String, i32);
 struct Pending {
     reply: Reply,
     first_sent_at: Instant,
+    /// Its partition was not there, as far as we knew.
+    is_lost: bool,
+}
+
+impl Pending {
+    fn new(reply: Reply, first_sent_at: Instant) -> Self {
+        Self { reply, first_sent_at, is_lost: false }
+    }
+
+    fn worth(&self) -> Duration {
+        if self.is_lost { WORTH_LOOKING } else { WORTH }
+    }
 }
 
 /// One on its way, or why it could not be queued.
@@ -78,7 +94,7 @@ impl Answers {
     /// When the task that marks them died.
     pub(crate) async fn send(&self, replies: Vec<Reply>, offsets: Vec<(PartitionId, i64)>) -> anyhow::Result<()> {
         let first_sent_at = Instant::now();
-        let answers = replies.into_iter().map(|reply| Pending { reply, first_sent_at }).collect();
+        let answers = replies.into_iter().map(|reply| Pending::new(reply, first_sent_at)).collect();
         let settled = Settled { offsets, answers: send(&self.producer, answers) };
         self.settled.send(settled).await.context("the task that marks records as read died")
     }
@@ -116,20 +132,45 @@ async fn settle(
 }
 
 /// A broker that stood still for longer than a message waits for it is often back while the callers
-/// still wait. One that took an answer and could not say so takes it twice; the first is told.
+/// still wait. One that took an answer and could not say so takes it twice; the first is told. Each batch
+/// is tried by itself: what one waits for holds no other up.
 async fn send_again(producer: Producer, mut queue: mpsc::Receiver<Pending>) {
-    let mut late = Vec::new();
-    while queue.recv_many(&mut late, LATE).await > 0 {
-        let mut backoff = Backoff::RECONNECT;
-        while !late.is_empty() {
-            let all = late.len();
-            late.retain(|answer| answer.first_sent_at.elapsed() < WORTH);
-            not_answered(all - late.len(), "the broker did not take it for too long");
-            metrics::counter!("orderstream_acks_sent_again_total").increment(late.len() as u64);
-            late = undelivered(&producer, send(&producer, late)).await;
-            if !late.is_empty() {
-                sleep(backoff.delay()).await;
+    let (mut late, mut batches, mut waiting) = (Vec::new(), FuturesUnordered::new(), 0);
+    loop {
+        tokio::select! {
+            more = queue.recv_many(&mut late, LATE - waiting), if waiting < LATE => {
+                if more == 0 {
+                    return;
+                }
+                waiting += more;
+                batches.push(until_delivered(&producer, std::mem::take(&mut late)));
             }
+            Some(done) = batches.next() => waiting -= done,
+        }
+    }
+}
+
+/// Returns how many there were.
+async fn until_delivered(producer: &Producer, mut late: Vec<Pending>) -> usize {
+    let (count, mut backoff) = (late.len(), Backoff::RECONNECT);
+    loop {
+        let all = late.len();
+        late.retain(|answer| answer.first_sent_at.elapsed() < answer.worth());
+        not_answered(all - late.len(), "the broker did not take it, or its partition was not there, for too long");
+        if late.is_empty() {
+            return count;
+        }
+        let lost: BTreeSet<_> =
+            late.iter().filter(|answer| answer.is_lost).map(|answer| &answer.reply.to.topic).collect();
+        for topic in lost {
+            if let Err(error) = producer.partitions(topic).await {
+                tracing::debug!(error = format!("{error:#}"), "looking for the partitions of a reply topic");
+            }
+        }
+        metrics::counter!("orderstream_acks_sent_again_total").increment(late.len() as u64);
+        late = undelivered(producer, send(producer, late)).await;
+        if !late.is_empty() {
+            sleep(backoff.delay()).await;
         }
     }
 }
@@ -138,7 +179,7 @@ async fn send_again(producer: Producer, mut queue: mpsc::Receiver<Pending>) {
 async fn undelivered(producer: &Producer, answers: Vec<Sent>) -> Vec<Pending> {
     use RDKafkaErrorCode::{MessageTimedOut, QueueFull};
     let mut late = Vec::new();
-    for Sent { answer, delivery } in answers {
+    for Sent { mut answer, delivery } in answers {
         let delivered = match delivery {
             Ok(delivery) => producer.delivered(delivery).await,
             Err(error) => Err(error),
@@ -146,6 +187,10 @@ async fn undelivered(producer: &Producer, answers: Vec<Sent>) -> Vec<Pending> {
         match delivered {
             Ok(()) => metrics::counter!("orderstream_acks_sent_total").increment(1),
             Err(error) if matches!(error.rdkafka_error_code(), Some(MessageTimedOut | QueueFull)) => late.push(answer),
+            Err(error) if is_unknown(&error) => {
+                answer.is_lost = true;
+                late.push(answer);
+            }
             Err(error) => not_answered(1, &error.to_string()),
         }
     }

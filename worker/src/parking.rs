@@ -7,7 +7,7 @@ use futures_util::{StreamExt as _, stream};
 use shared::{
     backoff::Backoff,
     db::{Connection, DbError, Fault},
-    kafka::Pace,
+    kafka::{Pace, is_unknown},
     message::{Message, now},
     outbox::Placed,
     parked::{Kind, State, release_next},
@@ -121,7 +121,7 @@ impl Parking {
                 if tried.woke {
                     self.handler.wake.notify_one();
                 }
-                self.answer(tried.replies);
+                self.answer(tried.replies).await;
                 Ok(())
             }
             // Its own fault again; whatever it had begun is undone.
@@ -139,10 +139,16 @@ impl Parking {
     }
 
     /// For senders who may still want to know. Sent and forgotten: nobody here waits for it.
-    fn answer(&self, replies: Vec<Reply>) {
+    async fn answer(&self, replies: Vec<Reply>) {
+        let producer = self.handler.outbox.producer();
         for Reply { to, key, headers, body } in replies {
-            let producer = self.handler.outbox.producer();
-            if let Err(error) = producer.send(Pace::Prompt, &to.topic, Some(to.partition), &key, &headers, &body) {
+            let send = || producer.send(Pace::Prompt, &to.topic, Some(to.partition), &key, &headers, &body).map(drop);
+            let sent = match send() {
+                // Its partition may be newer than what we know of the topic.
+                Err(error) if is_unknown(&error) && producer.partitions(&to.topic).await.is_ok() => send(),
+                sent => sent,
+            };
+            if let Err(error) = sent {
                 tracing::debug!(%error, "an answer was not sent");
             }
         }

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
 use serde_json::json;
-use test_support::{Accepted, System, beside_few, item, order};
+use test_support::{Accepted, Api, System, beside_few, eventually, item, order};
 
 use crate::scenarios;
 
@@ -21,6 +22,52 @@ async fn each_of_3000_callers_over_three_apis_gets_its_own_orders_answer() {
     system.ledger().check(accepted).await;
     // Nobody died, so nothing was sent twice.
     assert_eq!(system.kafka.read(system.events()).await.len(), 3_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_reaches_a_partition_that_its_topic_was_given_later() {
+    let _turn = beside_few().await;
+    let mut system = System::new().await;
+    system.set("KAFKA_PARTITIONS", 2);
+    let (api, worker) = (system.api().await, system.worker().await);
+    api.http().post_order(&order("user")).await.expect_status(201);
+    let event = system.kafka.read(system.events()).await.remove(0);
+    let theirs = format!("{}.theirs", system.acks());
+    system.kafka.create_topic(&theirs, 1, &[]).await;
+    // The same event again, from somebody who wants to be answered elsewhere.
+    let ask = async |partition: i32| {
+        let mut again = event.again();
+        again.headers.retain(|(name, _)| !name.starts_with("kafka_reply"));
+        let again = again.header("kafka_replyTopic", &*theirs).header("kafka_replyPartition", partition.to_be_bytes());
+        system.kafka.produce(system.events(), again).await;
+    };
+    let answers = async |count: usize| {
+        eventually("the answers", || async {
+            let there = system.kafka.read(&theirs).await.len();
+            if there == count { Ok(()) } else { Err(format!("{there} of {count}")) }
+        })
+        .await;
+    };
+    ask(0).await;
+    answers(1).await;
+    system.kafka.grow_topic(&theirs, 12).await;
+    system.kafka.grow_topic(system.acks(), 12).await;
+    for partition in 0..12 {
+        ask(partition).await;
+    }
+    answers(13).await;
+    assert_eq!(worker.http().metric("orderstream_acks_unsent_total").await, 0.0, "{}", worker.log());
+
+    // And each new replica is answered at once, wherever it listens.
+    let listens_far = |log: &str| (2..12).any(|n| log.contains(&format!("kafka.partition={n} ")));
+    let mut late = Vec::new();
+    while !late.iter().any(|api: &Api| listens_far(&api.log())) {
+        late.push(system.api().await);
+    }
+    for api in &late {
+        let reply = api.http().post_order(&order("user")).await.expect_status(201);
+        assert!(reply.took < Duration::from_secs(5), "{:?}", reply.took);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
