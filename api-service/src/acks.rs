@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
     consumer::{Consumer as _, StreamConsumer},
-    error::RDKafkaErrorCode,
+    error::{KafkaError, RDKafkaErrorCode},
 };
 use shared::{
     backoff::Backoff,
@@ -127,10 +127,10 @@ async fn listen_once(
                     waiters.answer(id, || read(record.payload(), id));
                 }
             }
+            Err(error @ KafkaError::MessageConsumptionFatal(_)) => return Err(error.into()),
             Err(error) => match error.rdkafka_error_code() {
                 Some(
-                    RDKafkaErrorCode::Fatal
-                    | RDKafkaErrorCode::UnknownTopicOrPartition
+                    RDKafkaErrorCode::UnknownTopicOrPartition
                     | RDKafkaErrorCode::UnknownTopic
                     | RDKafkaErrorCode::UnknownPartition,
                 ) => return Err(error.into()),

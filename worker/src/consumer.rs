@@ -9,15 +9,16 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use futures_util::FutureExt as _;
 use rdkafka::{
     Offset, TopicPartitionList,
     consumer::{CommitMode, Consumer as _, StreamConsumer},
+    error::KafkaError,
 };
 use shared::{
     backoff::Backoff,
-    db::{DbError, Fault, writable},
+    db::{DbError, Fault},
     kafka::{Context, Producer, client_config},
     settings::KafkaSettings,
 };
@@ -78,6 +79,7 @@ pub(crate) async fn run(
     let mut worker = Worker { handler, answers, consumer: consumer.clone(), stopped: HashMap::new() };
     while !stop.is_cancelled() {
         let Some(batch) = stop.run_until_cancelled(worker.next_batch()).await else { break };
+        let batch = batch?;
         metrics::histogram!("orderstream_worker_batch_size").record(batch.len() as f64);
         worker.handle(batch, &stop).await?;
     }
@@ -114,7 +116,8 @@ fn consumer(settings: &KafkaSettings, group: &str) -> anyhow::Result<StreamConsu
             ("queued.min.messages", "5000"),
             ("queued.max.messages.kbytes", "16384"),
             ("fetch.queue.backoff.ms", "5"),
-            ("topic.metadata.refresh.interval.ms", "10000"),
+            // A partition that the topic is given later is read that soon; callers wait for what is in it.
+            ("topic.metadata.refresh.interval.ms", "1000"),
             ("statistics.interval.ms", "5000"),
         ],
     )
@@ -137,7 +140,10 @@ impl From<DbError> for Obstacle {
 
 impl Worker {
     /// What is there, at least one record.
-    async fn next_batch(&mut self) -> Vec<Record> {
+    ///
+    /// # Errors
+    /// When librdkafka will never read again.
+    async fn next_batch(&mut self) -> anyhow::Result<Vec<Record>> {
         let consumer = self.consumer.clone();
         let mut batch = Vec::new();
         while batch.is_empty() {
@@ -154,13 +160,17 @@ impl Worker {
             while let Some(received) = next {
                 match received {
                     Ok(message) => batch.push(Record::of(&message)),
+                    Err(KafkaError::MessageConsumptionFatal(code)) => {
+                        let reason = consumer.client().fatal_error().map(|(_, reason)| reason).unwrap_or_default();
+                        bail!("Kafka has shut this worker out of its group for good: {code}: {reason}");
+                    }
                     // librdkafka mends what can be mended; the log has it.
                     Err(error) => tracing::debug!(%error, "reading"),
                 }
                 next = if batch.len() < BATCH { consumer.recv().now_or_never() } else { None };
             }
         }
-        batch
+        Ok(batch)
     }
 
     /// Records of a stopped partition come again, in their order: what of it is still here does
@@ -248,8 +258,7 @@ impl Worker {
 
     /// Does the database do other work?
     async fn is_well(&self) -> bool {
-        let db = &self.handler.db;
-        writable(&db.pool, db.settings.query_timeout).await.is_ok_and(|writable| writable)
+        self.handler.db.is_writable().await.is_ok_and(|is_writable| is_writable)
     }
 
     async fn look_for_locks(&self, part: &[Record]) -> Result<(), Obstacle> {

@@ -397,6 +397,20 @@ async fn when_too_much_waits_to_be_stored_more_is_refused_and_memory_stays_bound
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_place_in_its_group_another_takes_ends_and_says_so() {
+    let _turn = beside_others().await;
+    let mut system = System::new().await;
+    system.set("KAFKA_CONFIG", "group.instance.id=the-only-one");
+    let (api, first) = (system.api().await, system.worker().await);
+    api.http().post_order(&order("user")).await.expect_status(201);
+    let _second = system.worker().await;
+    let status = first.exit_within(Duration::from_secs(30)).await;
+    assert!(!status.success(), "{status}");
+    assert!(first.log().contains("group.instance.id"), "{}", first.log());
+    api.http().post_order(&order("user")).await.expect_status(201);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn connections_that_the_server_has_closed_meanwhile_are_not_used() {
     let _turn = beside_others().await;
     let system = System::new().await;
