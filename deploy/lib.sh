@@ -235,6 +235,8 @@ release_infra() {
 
 need_redis() { have redis-server || install_packages "the tests of the cache" redis-server; }
 
+need_pgbouncer() { have pgbouncer || install_packages "the tests behind a pooler" pgbouncer; }
+
 # Keys and certificates are made with it.
 need_openssl() { have openssl || install_packages "keys and certificates" openssl; }
 

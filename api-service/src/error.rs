@@ -94,6 +94,10 @@ pub(crate) enum Problem {
     Internal,
 }
 
+/// Nothing was asked of it.
+pub(crate) const DATABASE_AWAY: Problem = Problem::Unavailable("the database is away; nothing was stored");
+pub(crate) const DATABASE_READ_ONLY: Problem = Problem::Unavailable("the database is read-only; nothing was stored");
+
 impl From<DbError> for Problem {
     fn from(error: DbError) -> Self {
         let problem = match (&error, error.fault()) {
@@ -104,12 +108,16 @@ impl From<DbError> for Problem {
                 Self::Unavailable("somebody else keeps locked what this would change")
             }
             (DbError::Refused(_), _) => Self::Unavailable("the database refuses to work"),
-            (DbError::Away(_), _) => Self::Unavailable("the database is away; nothing was stored"),
+            (DbError::Away(_), _) => DATABASE_AWAY,
             (DbError::Lost(_), _) => Self::Unavailable(
                 "the database fell silent; whether the order was stored is not known, and repeating is safe with external_id or Idempotency-Key",
             ),
         };
-        tracing::warn!(error = error.chain(), "database");
+        match &error {
+            // Told when it began.
+            DbError::Away(None) => tracing::debug!(error = error.chain(), "database"),
+            _ => tracing::warn!(error = error.chain(), "database"),
+        }
         problem
     }
 }

@@ -92,6 +92,7 @@ pub async fn run(
         writers.spawn_on(writing, path.handle());
     }
     vital.spawn(keep_migrated(db.clone(), migrated.clone(), stop.clone()));
+    vital.spawn(look_for_database(db.clone(), stop.clone()));
     let answers = serve_kafka(config.clone(), producer.clone(), replies.clone(), waiters.clone(), stop.clone());
     vital.spawn_on(answers, path.handle());
     vital.spawn(look_after_outbox(db.clone(), outbox.clone(), config.kafka.clone(), migrated.clone(), stop.clone()));
@@ -200,9 +201,7 @@ pub async fn run(
 /// # Errors
 /// When the DSN makes no sense.
 pub fn open(config: &Config, runtime: &Handle) -> anyhow::Result<Db> {
-    let settings = Arc::new(config.db.pool());
-    let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings, runtime)?;
-    Ok(Db { pool, settings })
+    Db::open(&config.db.postgres_dsn, &config.kafka.service.service_name, config.db.pool(), runtime)
 }
 
 async fn keep_migrated(db: Db, migrated: CancellationToken, stop: CancellationToken) -> anyhow::Result<()> {
@@ -211,6 +210,11 @@ async fn keep_migrated(db: Db, migrated: CancellationToken, stop: CancellationTo
         migrated.cancel();
         stop.cancelled().await;
     }
+    Ok(())
+}
+
+async fn look_for_database(db: Db, stop: CancellationToken) -> anyhow::Result<()> {
+    stop.run_until_cancelled(db.watch()).await;
     Ok(())
 }
 

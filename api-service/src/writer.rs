@@ -19,7 +19,7 @@ use std::{
 
 use shared::{
     cache::Cache,
-    db::{Connection, Db, DbError, Fault},
+    db::{Connection, Db, DbError, Fault, Presence},
     lifecycle::Lifecycles,
     outbox::Outbox,
 };
@@ -33,7 +33,11 @@ use tokio_util::{
 };
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
-use crate::{error::Problem, orders::Operation, waiters::Wake};
+use crate::{
+    error::{DATABASE_AWAY, DATABASE_READ_ONLY, Problem},
+    orders::Operation,
+    waiters::Wake,
+};
 
 /// Most changes in one transaction. Beyond a few hundred little is won while all keep up; but when
 /// thousands of connections have something to say, the processors are theirs for most of the time,
@@ -142,9 +146,19 @@ impl Writer {
         self.try_queue(work, origin, None)?.written().await
     }
 
+    /// While the database is known to take nothing, nobody waits for its refusal.
+    fn check_database(&self) -> Result<(), Problem> {
+        match self.db.presence() {
+            Presence::There => Ok(()),
+            Presence::ReadOnly => Err(DATABASE_READ_ONLY),
+            Presence::Away => Err(DATABASE_AWAY),
+        }
+    }
+
     /// Queues a change if there is room. A caller who waits for the worker's answer is not woken by
     /// the commit, only to wait on, but by `wake` when no answer will come.
     pub(crate) fn try_queue(&self, work: Work, origin: Origin, wake: Option<Wake>) -> Result<Queued, Problem> {
+        self.check_database()?;
         let Ok(room) = self.room.clone().try_acquire_many_owned(work.kib()) else { return Err(FULL) };
         let (reply, written) = oneshot::channel();
         let command = Command { work, origin, reply, _room: room, _queued: None, wake };
@@ -159,6 +173,7 @@ impl Writer {
     /// client is held up instead of being refused, and leaves most of the queue to others. What is
     /// queued first takes effect first, if it concerns the same order or the same external id.
     pub(crate) async fn queue(&self, work: Work, origin: Origin, queued: &TaskTracker) -> Result<Queued, Problem> {
+        self.check_database()?;
         let kib = work.kib().clamp(BULK_LINE_KIB, BULK_KIB as u32);
         let room = self.bulk_room.clone().acquire_many_owned(kib).await.map_err(|_| Problem::Internal)?;
         let (reply, written) = oneshot::channel();
@@ -294,6 +309,14 @@ impl Task {
     }
 
     async fn write_part(&self, part: &[Command], is_patient: bool) -> Result<Vec<Result<Written, Problem>>, DbError> {
+        match self.try_part(part, is_patient).await {
+            // Of a server that is another by now. Nothing was done, and that session is gone.
+            Err(error) if error.is_of_session() => self.try_part(part, is_patient).await,
+            result => result,
+        }
+    }
+
+    async fn try_part(&self, part: &[Command], is_patient: bool) -> Result<Vec<Result<Written, Problem>>, DbError> {
         let connection = self.db.connection().await?;
         let writing = self.write_on(&connection, part);
         if is_patient { writing.await } else { connection.impatiently(self.db.settings.write_timeout, writing).await }

@@ -1,5 +1,9 @@
 //! Connections to PostgreSQL: a pool that prepares each statement once per connection, TLS as the
-//! DSN asks for it, a deadline on every call, and the migrations.
+//! DSN asks for it, a deadline on every call, and the migrations. `db/presence.rs` knows whether the
+//! server is there; `db/pooler.rs` whether our sessions are our own.
+
+mod pooler;
+mod presence;
 
 use std::{
     collections::HashMap,
@@ -15,10 +19,16 @@ use bb8::ManageConnection;
 use bb8_postgres::PostgresConnectionManager;
 use refinery_core::Migration;
 use tokio::runtime::Handle;
-use tokio_postgres::{Client, Statement, config::Host, error::SqlState};
+use tokio_postgres::{
+    Client, Statement,
+    config::Host,
+    error::{Severity, SqlState},
+};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::context::TokioContext;
 
+pub use self::presence::Presence;
+use self::presence::Watched;
 use crate::{
     backoff::{Backoff, Seldom},
     tls,
@@ -47,9 +57,9 @@ pub struct PoolSettings {
 /// What went wrong between us and PostgreSQL, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// No connection was to be had: nothing was done.
+    /// No connection was to be had: nothing was done. Without a cause where that was known before.
     #[error("PostgreSQL is away")]
-    Away(#[source] bb8::RunError<ConnectError>),
+    Away(#[source] Option<bb8::RunError<ConnectError>>),
     /// The connection broke or fell silent: whether the statement took effect is not known.
     #[error("the connection to PostgreSQL was lost")]
     Lost(#[source] Option<tokio_postgres::Error>),
@@ -83,29 +93,33 @@ impl Fault {
 
 impl From<tokio_postgres::Error> for DbError {
     fn from(error: tokio_postgres::Error) -> Self {
-        match error.code() {
-            // The server ends the connection with these; the commit may have been before it.
-            Some(&SqlState::ADMIN_SHUTDOWN | &SqlState::CRASH_SHUTDOWN | &SqlState::IDLE_SESSION_TIMEOUT) => {
-                Self::Lost(Some(error))
-            }
+        // The server ends the connection with what is worse than an error; the commit may have been before it.
+        match error.as_db_error().map(|refusal| refusal.parsed_severity()) {
+            None | Some(Some(Severity::Fatal | Severity::Panic)) => Self::Lost(Some(error)),
             Some(_) => Self::Refused(error),
-            None => Self::Lost(Some(error)),
         }
     }
 }
 
 impl From<bb8::RunError<ConnectError>> for DbError {
     fn from(error: bb8::RunError<ConnectError>) -> Self {
-        Self::Away(error)
+        Self::Away(Some(error))
     }
 }
 
-/// PostgreSQL cannot be reached, or does not let us in.
+/// Why there is no connection to PostgreSQL.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot connect to PostgreSQL at {server} (POSTGRES_DSN)")]
-pub struct ConnectError {
-    server: Arc<str>,
-    source: tokio_postgres::Error,
+pub enum ConnectError {
+    /// It cannot be reached, or does not let us in.
+    #[error("cannot connect to PostgreSQL at {server} (POSTGRES_DSN)")]
+    Failed { server: Arc<str>, source: tokio_postgres::Error },
+    /// It lets us in by way of a pooler that gives each transaction another session.
+    #[error(
+        "{server} (POSTGRES_DSN) is a pooler that may run each transaction in another session, and our settings \
+         and prepared statements need one that stays: set pool_mode = session for this database (PgBouncer), or \
+         name PostgreSQL itself in POSTGRES_DSN"
+    )]
+    Pooled { server: Arc<str> },
 }
 
 impl DbError {
@@ -136,6 +150,23 @@ impl DbError {
         }
     }
 
+    /// May another session do what this one refuses? A server that was a standby when it let us in says
+    /// that it is read-only for as long as the session lasts, whatever it is by now; prepared statements
+    /// may be gone, or of another schema. Nothing was done.
+    #[must_use]
+    pub fn is_of_session(&self) -> bool {
+        self.fault() == Fault::Server && self.spoils_session()
+    }
+
+    /// As [`Self::is_of_session`], or a session that is in doubt all the same. It is thrown away, since a
+    /// new one costs milliseconds, and one that stays bad each message. Not where one more would only
+    /// make things worse (53, resources), or none is meant (55 and 57, locks and cancelled statements).
+    fn spoils_session(&self) -> bool {
+        let Self::Refused(error) = self else { return false };
+        let class = error.code().map(|state| &state.code()[..2]);
+        matches!(class, Some("08" | "0A" | "25" | "26" | "28" | "3D" | "3F" | "42" | "58" | "F0" | "XX"))
+    }
+
     #[must_use]
     pub fn fault(&self) -> Fault {
         let Self::Refused(error) = self else { return Fault::Server };
@@ -164,11 +195,19 @@ pub struct Connection {
     statements: Mutex<HashMap<&'static str, Statement>>,
     /// How long its statements wait for a lock.
     lock_timeout: Duration,
-    /// A call ran out of time: its answer may still come, so nobody else may ask here.
-    silent: AtomicBool,
+    /// Nobody else may ask here: a call ran out of time and its answer may still come, or the session is
+    /// [spoilt](DbError::spoils_session).
+    unfit: AtomicBool,
+    /// Made in this era of the server; fit for no other.
+    era: u64,
+    watched: Arc<Watched>,
 }
 
 impl Connection {
+    fn is_fit(&self) -> bool {
+        !self.client.is_closed() && !self.unfit.load(Ordering::Relaxed) && self.era == self.watched.era()
+    }
+
     #[must_use]
     pub fn client(&self) -> &Client {
         &self.client
@@ -189,7 +228,7 @@ impl Connection {
     }
 
     /// Runs `work` on this connection under a deadline. A connection that misses it is not used
-    /// again.
+    /// again, nor is one whose session is spoilt.
     ///
     /// # Errors
     /// Those of `work`; [`DbError::Lost`] when the time is up.
@@ -198,13 +237,20 @@ impl Connection {
         deadline: Duration,
         work: impl Future<Output = Result<T, DbError>>,
     ) -> Result<T, DbError> {
-        let guard = Unanswered(&self.silent);
+        let guard = Unanswered(&self.unfit);
         match tokio::time::timeout(deadline, work).await {
+            Ok(Err(error)) if error.spoils_session() => {
+                self.watched.doubt();
+                Err(error)
+            }
             Ok(result) => {
                 guard.answered();
                 result
             }
-            Err(_) => Err(DbError::Lost(None)),
+            Err(_) => {
+                self.watched.doubt();
+                Err(DbError::Lost(None))
+            }
         }
     }
 }
@@ -242,7 +288,7 @@ impl Connection {
         deadline: Duration,
         work: impl Future<Output = Result<T, DbError>>,
     ) -> Result<T, DbError> {
-        let guard = Unanswered(&self.silent);
+        let guard = Unanswered(&self.unfit);
         self.within(deadline, self.wait_for_locks(IMPATIENT)).await?;
         let result = work.await;
         if self.within(deadline, self.wait_for_locks(self.lock_timeout)).await.is_ok() {
@@ -281,23 +327,35 @@ pub struct Manager {
     runtime: Handle,
     /// For people: hosts, ports, database and user.
     server: Arc<str>,
+    /// It has been seen that our sessions are our own.
+    are_ours: AtomicBool,
+    watched: Arc<Watched>,
 }
 
 impl Manager {
-    async fn client(&self) -> Result<Client, tokio_postgres::Error> {
-        let client = TokioContext::new(self.inner.connect(), self.runtime.clone()).await?;
-        client.batch_execute(&self.set_up).await?;
+    async fn client(&self) -> Result<Client, ConnectError> {
+        let client = self.bare_client().await?;
+        // Before anything is set that another client of a pooler would find in its session.
+        if !self.are_ours.load(Ordering::Relaxed) {
+            self.refuse_shared_sessions(&client).await?;
+        }
+        client.batch_execute(&self.set_up).await.map_err(|error| self.error(error))?;
         Ok(client)
     }
 
+    /// With nothing set.
+    async fn bare_client(&self) -> Result<Client, ConnectError> {
+        TokioContext::new(self.inner.connect(), self.runtime.clone()).await.map_err(|error| self.error(error))
+    }
+
     fn error(&self, source: tokio_postgres::Error) -> ConnectError {
-        ConnectError { server: self.server.clone(), source }
+        ConnectError::Failed { server: self.server.clone(), source }
     }
 }
 
 impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Connection").field("silent", &self.silent).finish_non_exhaustive()
+        f.debug_struct("Connection").field("unfit", &self.unfit).finish_non_exhaustive()
     }
 }
 
@@ -306,9 +364,11 @@ impl ManageConnection for Manager {
     type Error = ConnectError;
 
     async fn connect(&self) -> Result<Connection, ConnectError> {
-        let client = self.client().await.map_err(|error| self.error(error))?;
-        let (lock_timeout, silent) = (self.lock_timeout, AtomicBool::new(false));
-        Ok(Connection { client, statements: Mutex::default(), lock_timeout, silent })
+        // Of the era in which it was begun.
+        let era = self.watched.era();
+        let client = self.client().await?;
+        let (lock_timeout, unfit, watched) = (self.lock_timeout, AtomicBool::new(false), self.watched.clone());
+        Ok(Connection { client, statements: Mutex::default(), lock_timeout, unfit, era, watched })
     }
 
     async fn is_valid(&self, connection: &mut Connection) -> Result<(), ConnectError> {
@@ -316,16 +376,17 @@ impl ManageConnection for Manager {
     }
 
     fn has_broken(&self, connection: &mut Connection) -> bool {
-        connection.client.is_closed() || connection.silent.load(Ordering::Relaxed)
+        !connection.is_fit()
     }
 }
 
-/// A pool that connects when it is first asked to: the database may be away now. Its connections
-/// live on this runtime, whoever uses them.
-///
-/// # Errors
-/// When the DSN makes no sense.
-pub fn pool(dsn: &str, application: &str, settings: &PoolSettings, runtime: &Handle) -> anyhow::Result<Pool> {
+fn pool(
+    dsn: &str,
+    application: &str,
+    settings: &PoolSettings,
+    runtime: &Handle,
+    watched: &Arc<Watched>,
+) -> anyhow::Result<Pool> {
     let (dsn, tls) = tls::of_dsn(dsn)?;
     let mut config: tokio_postgres::Config = dsn.parse().context("POSTGRES_DSN is not valid")?;
     if config.get_hosts().is_empty() {
@@ -353,7 +414,9 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings, runtime: &Han
     );
     let server = server(&config);
     let inner = PostgresConnectionManager::new(config, tls::connector(&tls)?);
-    let manager = Manager { inner, set_up, lock_timeout, runtime: runtime.clone(), server };
+    let (runtime, are_ours, watched) = (runtime.clone(), AtomicBool::new(false), watched.clone());
+    let errors = Errors { told: Arc::default(), watched: watched.clone() };
+    let manager = Manager { inner, set_up, lock_timeout, runtime, server, are_ours, watched };
     Ok(bb8::Pool::builder()
         .max_size(settings.max_conns)
         .min_idle(settings.min_conns.min(settings.max_conns))
@@ -365,7 +428,7 @@ pub fn pool(dsn: &str, application: &str, settings: &PoolSettings, runtime: &Han
         .test_on_check_out(false)
         // As few servers as there is work for: one that has just run has its plans and pages at hand.
         .queue_strategy(bb8::QueueStrategy::Lifo)
-        .error_sink(Box::new(LogErrors::default()))
+        .error_sink(Box::new(errors))
         .build_unchecked(manager))
 }
 
@@ -384,13 +447,17 @@ fn server(config: &tokio_postgres::Config) -> Arc<str> {
 }
 
 /// An outage is many failed attempts by many who want a connection: told now and then.
-#[derive(Clone, Debug, Default)]
-struct LogErrors(Arc<Mutex<Seldom>>);
+#[derive(Clone, Debug)]
+struct Errors {
+    told: Arc<Mutex<Seldom>>,
+    watched: Arc<Watched>,
+}
 
-impl bb8::ErrorSink<ConnectError> for LogErrors {
+impl bb8::ErrorSink<ConnectError> for Errors {
     fn sink(&self, error: ConnectError) {
+        self.watched.doubt();
         let error = format!("{:#}", anyhow::Error::from(error));
-        if self.0.lock().unwrap_or_else(PoisonError::into_inner).is_due(&error) {
+        if self.told.lock().unwrap_or_else(PoisonError::into_inner).is_due(&error) {
             tracing::warn!(error, "PostgreSQL is away");
         } else {
             tracing::debug!(error, "PostgreSQL is away");
@@ -411,6 +478,9 @@ pub enum MigrateError {
     /// Somebody must look: an applied migration is not the one that we know by this number.
     #[error("the database was migrated by other hands than ours")]
     Diverged(#[source] refinery_core::Error),
+    /// Somebody must look: we cannot work with what stands between.
+    #[error(transparent)]
+    Unusable(ConnectError),
 }
 
 /// The steps to the schema, each by its file's name and text. They are listed here, and not found by
@@ -445,7 +515,10 @@ pub async fn migrate(pool: &Pool) -> Result<(), MigrateError> {
         refinery_core::error::Kind::DivergentVersion(..) => MigrateError::Diverged(error),
         _ => MigrateError::NotNow(error.into()),
     };
-    let mut connection = pool.dedicated_connection().await.map_err(|error| MigrateError::NotNow(error.into()))?;
+    let mut connection = pool.dedicated_connection().await.map_err(|error| match error {
+        ConnectError::Failed { .. } => MigrateError::NotNow(error.into()),
+        ConnectError::Pooled { .. } => MigrateError::Unusable(error),
+    })?;
     let client = &mut connection.client;
     let lock = format!(
         "set statement_timeout = {}; select pg_advisory_lock({MIGRATION_LOCK}, hashtext(current_schema()))",
@@ -486,20 +559,13 @@ pub async fn migrate_when_possible(pool: &Pool) -> anyhow::Result<()> {
 }
 
 /// Can this server be written to?
-///
-/// # Errors
-/// When it is away, or a standby.
-pub async fn writable(pool: &Pool, deadline: Duration) -> Result<bool, DbError> {
-    let check = async {
-        let connection = connection(pool).await?;
-        let sql = "select not pg_is_in_recovery() and current_setting('transaction_read_only') = 'off'";
-        let work = async {
-            let statement = connection.prepared(sql).await?;
-            Ok(connection.client().query_one(&statement, &[]).await?)
-        };
-        Ok(connection.within(deadline, work).await?.get(0))
+async fn writable(connection: &Connection, deadline: Duration) -> Result<bool, DbError> {
+    let sql = "select not pg_is_in_recovery() and current_setting('transaction_read_only') = 'off'";
+    let work = async {
+        let statement = connection.prepared(sql).await?;
+        Ok(connection.client().query_one(&statement, &[]).await?)
     };
-    tokio::time::timeout(deadline, check).await.unwrap_or(Err(DbError::Lost(None)))
+    Ok(connection.within(deadline, work).await?.get(0))
 }
 
 /// Shared by everything that talks to the database.
@@ -507,26 +573,51 @@ pub async fn writable(pool: &Pool, deadline: Duration) -> Result<bool, DbError> 
 pub struct Db {
     pub pool: Pool,
     pub settings: Arc<PoolSettings>,
+    watched: Arc<Watched>,
 }
 
 impl Db {
-    /// A connection of the pool that is not known to be closed. The pool itself looks only at
+    /// A pool that connects when it is first asked to: the database may be away now. Its connections
+    /// live on this runtime, whoever uses them. A process that serves also runs [`Self::watch`].
+    ///
+    /// # Errors
+    /// When the DSN makes no sense.
+    pub fn open(dsn: &str, application: &str, settings: PoolSettings, runtime: &Handle) -> anyhow::Result<Self> {
+        let watched = Arc::default();
+        let pool = pool(dsn, application, &settings, runtime, &watched)?;
+        Ok(Self { pool, settings: Arc::new(settings), watched })
+    }
+
+    /// A connection of the pool that is not known to be unfit. The pool itself looks only at
     /// those that are given back, and a server that has restarted has closed all the others.
     ///
     /// # Errors
-    /// When there is none within the deadline for reading.
+    /// At once when the server is known to be away; else when there is none within the deadline for reading.
     pub async fn connection(&self) -> Result<bb8::PooledConnection<'_, Manager>, DbError> {
-        connection(&self.pool).await
-    }
-}
-
-async fn connection(pool: &Pool) -> Result<bb8::PooledConnection<'_, Manager>, DbError> {
-    loop {
-        // Each closed one that is found leaves the pool when it is dropped.
-        let connection = pool.get().await?;
-        if !connection.client.is_closed() {
-            return Ok(connection);
+        if self.presence() == Presence::Away {
+            return Err(DbError::Away(None));
         }
+        self.any_connection().await
+    }
+
+    async fn any_connection(&self) -> Result<bb8::PooledConnection<'_, Manager>, DbError> {
+        loop {
+            // Each unfit one that is found leaves the pool when it is dropped.
+            let connection = self.pool.get().await.inspect_err(|_| self.watched.doubt())?;
+            if connection.is_fit() {
+                return Ok(connection);
+            }
+        }
+    }
+
+    /// Can the server be written to?
+    ///
+    /// # Errors
+    /// When it is away.
+    pub async fn is_writable(&self) -> Result<bool, DbError> {
+        let deadline = self.settings.query_timeout;
+        let check = async { writable(&*self.connection().await?, deadline).await };
+        tokio::time::timeout(deadline, check).await.unwrap_or(Err(DbError::Lost(None)))
     }
 }
 

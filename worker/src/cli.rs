@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use shared::{
-    db::{self, Db},
+    db::Db,
     lifecycle::graph,
     parked::{self, Details, Entry, Filter, Stuck},
 };
@@ -141,11 +141,11 @@ pub async fn run(config: Config, command: Command) -> anyhow::Result<()> {
 
 async fn database(config: &Config) -> anyhow::Result<Db> {
     config.db.check()?;
-    let settings = std::sync::Arc::new(config.db.pool());
-    let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings, &Handle::current())?;
+    let service = &config.kafka.service.service_name;
+    let db = Db::open(&config.db.postgres_dsn, service, config.db.pool(), &Handle::current())?;
     // The pool would only say that none was to be had in time, and not why.
-    drop(pool.dedicated_connection().await?);
-    Ok(Db { pool, settings })
+    drop(db.pool.dedicated_connection().await?);
+    Ok(db)
 }
 
 fn check(config: &Config, path: &std::path::Path) -> anyhow::Result<()> {

@@ -8,7 +8,7 @@ use axum::{
     routing::get,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
-use shared::db::{Db, writable};
+use shared::db::Db;
 use tokio_util::sync::CancellationToken;
 
 #[derive(Clone)]
@@ -40,7 +40,7 @@ async fn ready(State(app): State<App>) -> Response {
     if !app.started.is_cancelled() {
         return away("starting");
     }
-    match writable(&app.db.pool, app.db.settings.query_timeout).await {
+    match app.db.is_writable().await {
         Ok(true) => json(StatusCode::OK, r#"{"status":"ready"}"#),
         Ok(false) => away("the database is read-only"),
         Err(_) => away("the database is away"),

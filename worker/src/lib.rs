@@ -55,9 +55,8 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let lifecycles = config.check()?;
     let cache = Cache::open(&config.cache)?;
-    let settings = Arc::new(config.db.pool());
-    let pool = db::pool(&config.db.postgres_dsn, &config.kafka.service.service_name, &settings, &Handle::current())?;
-    let db = Db { pool, settings };
+    let service = &config.kafka.service.service_name;
+    let db = Db::open(&config.db.postgres_dsn, service, config.db.pool(), &Handle::current())?;
     let producer = Producer::new(&config.kafka)?;
     let (outbox, deleter) = Outbox::new(db.clone(), producer.clone(), config.kafka.outbox_grace());
     let [started, leaving, stop] = std::array::from_fn(|_| CancellationToken::new());
@@ -162,6 +161,7 @@ async fn work(
     };
     tokio::select! {
         result = handling => result,
+        never = handler.db.watch() => match never {},
         // Those two end only after the reading.
         _ = futures_util::future::join(measuring, sweeping) => Ok(()),
     }

@@ -5,7 +5,6 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use shared::db::writable;
 use utoipa::ToSchema;
 
 use super::{App, openapi::ProblemDetails};
@@ -43,8 +42,7 @@ async fn check(app: &App) -> Result<Response, Problem> {
     if app.leaving.is_cancelled() {
         return Err(Problem::Unavailable("shutting down"));
     }
-    let db = &app.orders.db;
-    match writable(&db.pool, db.settings.query_timeout).await {
+    match app.orders.db.is_writable().await {
         Ok(true) if app.started.is_cancelled() => {
             Ok(([(header::CONTENT_TYPE, "application/json")], r#"{"status":"ready"}"#).into_response())
         }

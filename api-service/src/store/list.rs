@@ -122,7 +122,7 @@ async fn page(db: &Db, sql: &'static str, params: &[&(dyn ToSql + Sync)], limit:
 
 #[cfg(test)]
 mod tests {
-    use std::{ffi::OsString, sync::Arc, time::Duration};
+    use std::{ffi::OsString, time::Duration};
 
     use clap::Parser;
     use shared::{
@@ -143,11 +143,10 @@ mod tests {
     async fn migrated(test_db: &TestDb) -> Db {
         let args = ["test".to_owned(), format!("--postgres-dsn={}", test_db.dsn())].map(OsString::from);
         let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
-        let pool_settings = Arc::new(settings.db.pool());
-        let pool =
-            db::pool(&settings.db.postgres_dsn, "test", &pool_settings, &tokio::runtime::Handle::current()).unwrap();
-        db::migrate(&pool).await.unwrap();
-        Db { pool, settings: pool_settings }
+        let runtime = tokio::runtime::Handle::current();
+        let db = Db::open(&settings.db.postgres_dsn, "test", settings.db.pool(), &runtime).unwrap();
+        db::migrate(&db.pool).await.unwrap();
+        db
     }
 
     /// So many orders, `apart` microseconds from each other, by ten users, nearly all done.

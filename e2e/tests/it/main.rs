@@ -31,6 +31,7 @@ mod scenarios;
 mod schema;
 mod secure;
 mod seeds;
+mod sessions;
 mod settings;
 mod shutdown;
 mod waiting;

@@ -6,11 +6,11 @@ mod outbox;
 mod producer;
 mod vacuum;
 
-use std::{ffi::OsString, sync::Arc};
+use std::ffi::OsString;
 
 use clap::Parser;
 use shared::{
-    db::{self, Db},
+    db::Db,
     settings::{DbSettings, parse_from},
 };
 use test_support::Dsn;
@@ -25,8 +25,5 @@ struct Settings {
 fn db_at(dsn: &Dsn) -> Db {
     let args = ["test".to_owned(), format!("--postgres-dsn={dsn}")].map(OsString::from);
     let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
-    let pool_settings = Arc::new(settings.db.pool());
-    let runtime = tokio::runtime::Handle::current();
-    let pool = db::pool(&settings.db.postgres_dsn, "test", &pool_settings, &runtime).unwrap();
-    Db { pool, settings: pool_settings }
+    Db::open(&settings.db.postgres_dsn, "test", settings.db.pool(), &tokio::runtime::Handle::current()).unwrap()
 }

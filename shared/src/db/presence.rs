@@ -1,0 +1,123 @@
+//! Whether the server is there, and can be written to. Whoever meets trouble is in doubt; one task looks.
+//! While the server is known to be away, everybody else is refused at once, and only that task goes on
+//! looking for it.
+
+use std::{
+    convert::Infallible,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
+
+use super::{Db, DbError, writable};
+use crate::backoff::Backoff;
+
+/// Where the server was found when somebody last looked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Presence {
+    /// It can be written to, as far as we know.
+    #[default]
+    There,
+    /// A standby, or made read-only: it may be read.
+    ReadOnly,
+    Away,
+}
+
+/// What the pool, its connections and those who use them know of the server.
+#[derive(Debug, Default)]
+pub(super) struct Watched {
+    presence: watch::Sender<Presence>,
+    doubted: Notify,
+    era: AtomicU64,
+}
+
+impl Watched {
+    /// Has somebody look for the server.
+    pub(super) fn doubt(&self) {
+        self.doubted.notify_one();
+    }
+
+    pub(super) fn era(&self) -> u64 {
+        self.era.load(Ordering::Relaxed)
+    }
+
+    /// No connection that was made before now is used again: it may lead to where the server was.
+    fn begin_era(&self) {
+        self.era.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Returns what was known before.
+    fn set(&self, found: Presence) -> Presence {
+        self.presence.send_replace(found)
+    }
+}
+
+impl Db {
+    /// What is known of the server. Without [`Self::watch`] it is always taken to be there.
+    #[must_use]
+    pub fn presence(&self) -> Presence {
+        *self.watched.presence.borrow()
+    }
+
+    /// Looks for the server whenever somebody is in doubt about it, until it is found. It counts as away
+    /// only after as long as a caller would wait for a connection: a restart or a failover may take less.
+    pub async fn watch(&self) -> Infallible {
+        loop {
+            self.watched.doubted.notified().await;
+            let (since, mut backoff) = (Instant::now(), Backoff::RECONNECT);
+            loop {
+                let found = self.look().await;
+                if found == Presence::There {
+                    if self.watched.set(found) != found {
+                        // Those that are left are of the time before.
+                        self.watched.begin_era();
+                        tracing::info!("PostgreSQL is back");
+                    }
+                    break;
+                }
+                if since.elapsed() >= self.settings.query_timeout && self.watched.set(found) != found {
+                    match found {
+                        Presence::ReadOnly => {
+                            tracing::warn!("PostgreSQL is read-only; changes are refused until it is not")
+                        }
+                        _ => tracing::warn!("PostgreSQL is away; requests are refused at once until it is back"),
+                    }
+                }
+                tokio::time::sleep(backoff.delay()).await;
+            }
+        }
+    }
+
+    /// By a connection of the pool, as everybody else; when that does not lead to a server that can be
+    /// written to, by a new one, and if that does, the pool's lead elsewhere.
+    async fn look(&self) -> Presence {
+        let deadline = self.settings.query_timeout;
+        let by_pool = within(deadline, async { writable(&*self.any_connection().await?, deadline).await }).await;
+        if matches!(by_pool, Ok(true)) {
+            return Presence::There;
+        }
+        let by_new_one = within(deadline, async {
+            let connection = self.pool.dedicated_connection().await.map_err(bb8::RunError::User)?;
+            writable(&connection, deadline).await
+        });
+        match by_new_one.await {
+            Ok(true) => {
+                // One that was not to be had tells nothing of the others: all may be at work.
+                if !matches!(by_pool, Err(DbError::Away(_))) {
+                    self.watched.begin_era();
+                }
+                Presence::There
+            }
+            Ok(false) => Presence::ReadOnly,
+            Err(_) => Presence::Away,
+        }
+    }
+}
+
+async fn within(deadline: Duration, asked: impl Future<Output = Result<bool, DbError>>) -> Result<bool, DbError> {
+    tokio::time::timeout(deadline, asked).await.unwrap_or(Err(DbError::Lost(None)))
+}
