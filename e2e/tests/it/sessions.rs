@@ -11,6 +11,7 @@ use test_support::{
 use tokio::time::Instant;
 
 use crate::load::{self, Load, Replicas};
+use crate::scenarios;
 
 /// What the service says it takes to be well again.
 const RECOVERY: Duration = Duration::from_secs(5);
@@ -154,12 +155,12 @@ async fn behind_a_pooler_that_pools_by_session_all_is_as_without_it() {
     system.set("POSTGRES_DSN", pooler.dsn(system.db.dsn()));
     let apis = [system.api().await, system.api().await];
     let _workers = [system.worker().await, system.worker().await];
-    let load = Load::start(&Replicas::new(apis.iter().map(|api| api.shared_http())), 8);
-    load.wait_for_answers(300, Duration::from_secs(60)).await;
-    let outcomes = load.stop().await;
-    let refused = outcomes.iter().filter(|outcome| outcome.reply.status >= 500).count();
-    assert_eq!(refused, 0, "{:?}", load::statuses(&outcomes));
-    system.ledger().check(load::accepted(&outcomes)).await;
+    let clients: Vec<_> = apis.iter().map(|api| api.shared_http()).collect();
+    let mut accepted = scenarios::each_caller_gets_its_own_answer(&clients, 500, 64).await;
+    accepted.extend(scenarios::a_created_order_is_answered_as_done(apis[0].http()).await);
+    accepted.extend(scenarios::an_order_is_updated_and_deleted(apis[0].http()).await);
+    accepted.extend(scenarios::a_repeat_by_external_id_is_safe(apis[1].http()).await);
+    system.ledger().check(accepted).await;
     let (code, said) = run_to_end("worker", &["stuck"], &system.settings()).await;
     assert_eq!(code, Some(0), "{said}");
 }
