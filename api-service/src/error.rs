@@ -24,6 +24,8 @@ pub(crate) const MAX_ERRORS: usize = 100;
 pub(crate) enum Problem {
     Malformed(String),
     Invalid(Vec<Violation>),
+    /// What the query has, and the route does not take.
+    Parameters(Vec<Violation>),
     UnknownOrder,
     UnknownRequest,
     UnknownParked,
@@ -129,6 +131,9 @@ impl Problem {
         match self {
             Self::Malformed(_) => (StatusCode::BAD_REQUEST, "malformed", "The request cannot be read"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation", "The request breaks rules"),
+            Self::Parameters(_) => {
+                (StatusCode::BAD_REQUEST, "malformed", "The query has parameters that are not taken here")
+            }
             Self::UnknownOrder => (StatusCode::NOT_FOUND, "not-found", "There is no such order"),
             Self::UnknownRequest => (StatusCode::NOT_FOUND, "not-found", "There is no such request"),
             Self::UnknownParked => (StatusCode::NOT_FOUND, "not-found", "There is no such parked message"),
@@ -168,7 +173,7 @@ impl Problem {
     pub(crate) fn detail(&self) -> Option<String> {
         Some(match self {
             Self::Malformed(detail) => detail.clone(),
-            Self::Invalid(violations) => shared::order::sentence(violations),
+            Self::Invalid(violations) | Self::Parameters(violations) => shared::order::sentence(violations),
             Self::ContentType => "send Content-Type: application/json, not compressed".to_owned(),
             Self::NotNdjson => "send Content-Type: application/x-ndjson, one order a line".to_owned(),
             Self::TooMuchTogether { lines, bytes } => format!(
@@ -210,7 +215,9 @@ impl Problem {
     /// What else is known, for programs.
     pub(crate) fn members(&self) -> Map<String, Value> {
         let members = match self {
-            Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(MAX_ERRORS)] }),
+            Self::Invalid(violations) | Self::Parameters(violations) => {
+                json!({ "errors": &violations[..violations.len().min(MAX_ERRORS)] })
+            }
             Self::Deleted { order_id } | Self::ExternalIdTaken { order_id } => json!({ "order_id": order_id }),
             Self::Precondition { order: Some((order_id, version)) } => {
                 json!({ "order_id": order_id, "order_version": version })

@@ -100,7 +100,7 @@ enum Command {
         /// Its id
         id: String,
         /// Begin behind this version; 0: with the first
-        #[arg(long, value_name = "VERSION")]
+        #[arg(long, value_name = "VERSION", value_parser = clap::value_parser!(i64).range(0..))]
         since: Option<i64>,
     },
     /// Many orders in one request, one a line (NDJSON); nobody waits for the worker
@@ -149,8 +149,8 @@ struct Filter {
     #[arg(long, value_name = "TIME")]
     to: Option<String>,
     /// Most orders
-    #[arg(long, default_value_t = 50)]
-    limit: usize,
+    #[arg(long, default_value = "50")]
+    limit: NonZeroUsize,
 }
 
 /// Carries out what was asked; was all of it?
@@ -248,7 +248,7 @@ async fn create(
 
 async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<()> {
     const LARGEST_PAGE: usize = 200;
-    let mut left = filter.limit;
+    let mut left = filter.limit.get();
     let mut query = Vec::new();
     for (name, value) in [
         ("user_id", filter.user),
@@ -260,7 +260,7 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
     ] {
         query.extend(value.map(|value| format!("{name}={}", encoded(&value))));
     }
-    query.push(format!("limit={}", left.clamp(1, LARGEST_PAGE)));
+    query.push(format!("limit={}", left.min(LARGEST_PAGE)));
     let mut path = Some(format!("/orders?{}", query.join("&")));
     let mut orders: Vec<Box<RawValue>> = Vec::new();
     while let Some(next) = path.take().filter(|_| left > 0) {
@@ -274,7 +274,7 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
             }
         } else {
             orders.extend(page);
-            left = filter.limit - orders.len();
+            left = filter.limit.get() - orders.len();
         }
         path = answer.header("link").and_then(next_page).map(str::to_owned);
     }

@@ -18,9 +18,11 @@ const TEXT_BYTES: usize = 1024;
 
 fn code(problem: &Problem) -> Code {
     match problem {
-        Problem::Malformed(_) | Problem::Invalid(_) | Problem::ContentType | Problem::NotNdjson => {
-            Code::InvalidArgument
-        }
+        Problem::Malformed(_)
+        | Problem::Invalid(_)
+        | Problem::Parameters(_)
+        | Problem::ContentType
+        | Problem::NotNdjson => Code::InvalidArgument,
         Problem::UnknownOrder | Problem::UnknownRequest | Problem::UnknownParked => Code::NotFound,
         Problem::UnknownRoute | Problem::MethodNotAllowed => Code::Unimplemented,
         Problem::Unauthenticated(_) => Code::Unauthenticated,

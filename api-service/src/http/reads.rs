@@ -2,16 +2,16 @@
 
 use axum::{
     Extension,
-    extract::{Path, Query, State, rejection::PathRejection, rejection::QueryRejection},
+    extract::{Path, State, rejection::PathRejection},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
 use shared::{message::AckStatus, order::Violation};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::{App, openapi};
+use super::{App, openapi, query};
 use crate::{
     error::Problem,
     identity::Caller,
@@ -41,8 +41,11 @@ pub(super) async fn order(
     Ok(render(&find(&app, &caller, &text(path)?).await?, &headers))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ByExternal {
+    /// Whose order it is; by default the caller's
+    #[param(nullable = false, min_length = 1)]
     user_id: Option<String>,
 }
 
@@ -51,7 +54,7 @@ pub(super) struct ByExternal {
     get, path = "/orders/by-external/{external_id}", tag = "orders",
     params(
         ("external_id" = String, Path),
-        ("user_id" = Option<String>, Query, description = "Whose order it is; by default the caller's"),
+        ByExternal,
         ("If-None-Match" = Option<String>, Header, description = "The `ETag` that the caller has already"),
     ),
     responses(
@@ -64,11 +67,10 @@ pub(super) async fn by_external(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
-    query: Result<Query<ByExternal>, QueryRejection>,
+    query::Asked(query): query::Asked<ByExternal>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let external_id = text(path)?;
-    let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
     Ok(render(&find_by_external(&app, &caller, query.user_id.as_deref(), &external_id).await?, &headers))
 }
 
