@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
@@ -168,11 +168,12 @@ pub async fn run(cli: Cli) -> anyhow::Result<bool> {
     match command {
         Command::Create { file, wait, key } => create(&service, &file, wait, key.as_deref(), json).await?,
         Command::Get { id, user } => {
-            let path = match user {
-                Some(user) => format!("/orders/by-external/{}?user_id={}", encoded(&id), encoded(&user)),
+            let path = match &user {
+                Some(user) => format!("/orders/by-external/{}?user_id={}", encoded(&id), encoded(user)),
                 None => format!("/orders/{}", encoded(&id)),
             };
-            tell::<Order>(&service.get(&path).await?, json, show::order)?;
+            let answer = service.get(&path).await.map_err(in_flags)?;
+            tell::<Order>(&answer, json, show::order)?;
         }
         Command::List(filter) => list(&service, filter, json).await?,
         Command::History { id } => {
@@ -264,7 +265,7 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
     let mut path = Some(format!("/orders?{}", query.join("&")));
     let mut orders: Vec<Box<RawValue>> = Vec::new();
     while let Some(next) = path.take().filter(|_| left > 0) {
-        let answer = service.get(&next).await?;
+        let answer = service.get(&next).await.map_err(in_flags)?;
         let page: Vec<Box<RawValue>> = read(&answer.body)?;
         let page = page.into_iter().take(left);
         if json {
@@ -288,6 +289,18 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
     Ok(())
 }
 
+/// A refusal in the words of this command line: what the service calls a parameter is a flag here.
+fn in_flags(refusal: anyhow::Error) -> anyhow::Error {
+    const FLAGS: [(&str, &str); 4] = [
+        ("\n  /user_id ", "\n  --user "),
+        ("\n  /created_from ", "\n  --from "),
+        ("\n  /created_to ", "\n  --to "),
+        ("at /orders/by-external/{external_id}?user_id=", "found with --user"),
+    ];
+    let text = FLAGS.iter().fold(format!("{refusal:#}"), |text, (parameter, flag)| text.replace(parameter, flag));
+    anyhow!(text.replace("\n  /", "\n  --"))
+}
+
 /// What `Link` names as the next page (RFC 8288): the service's own path.
 fn next_page(link: &str) -> Option<&str> {
     let (target, params) = link.strip_prefix('<')?.split_once('>')?;
@@ -301,6 +314,13 @@ mod tests {
     #[test]
     fn the_command_line_makes_sense() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_refusal_names_the_flag_that_was_given() {
+        let said = "422: The request breaks rules\n  /created_from must be a time\n  /limit must be less";
+        let told = "422: The request breaks rules\n  --from must be a time\n  --limit must be less";
+        assert_eq!(in_flags(anyhow!(said)).to_string(), told);
     }
 
     #[test]

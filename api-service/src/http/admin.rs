@@ -49,7 +49,7 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/admin/parked/{id}/discard", post(discard))
         .route("/admin/stuck", get(stuck))
         .route_layer(from_fn_with_state(Arc::new(parameters()), query::check))
-        .fallback(|| async { Problem::UnknownRoute })
+        .fallback(|| async { Problem::UnknownRoute("the routes begin with /admin/parked and /admin/stuck") })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
         .layer(from_fn_with_state(admin.clone(), check_token))
         .layer(MapResponseLayer::new(guard))

@@ -39,7 +39,7 @@ use self::{
 use super::{
     App, BODY_TIMEOUT,
     openapi::{self, ProblemDetails},
-    orders::{is_coded, trace},
+    orders::{CODED, is_coded, trace},
     query,
 };
 use crate::{
@@ -155,14 +155,14 @@ pub(super) async fn submit(
 
 fn check_headers(headers: &HeaderMap) -> Result<(), Problem> {
     if is_coded(headers) {
-        return Err(Problem::NotNdjson);
+        return Err(CODED);
     }
     if let Some(value) = headers.get(header::CONTENT_TYPE) {
         let essence = value.to_str().ok().and_then(|value| value.split(';').next());
         let essence = essence.map(|essence| essence.trim().to_ascii_lowercase());
         let known = ["application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonl"];
         if !essence.is_some_and(|essence| known.contains(&essence.as_str())) {
-            return Err(Problem::NotNdjson);
+            return Err(Problem::ContentType("Content-Type must be application/x-ndjson: one order a line"));
         }
     }
     for name in ["idempotency-key", "if-match"] {

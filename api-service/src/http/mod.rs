@@ -51,7 +51,7 @@ use openapi::Document;
 pub(crate) use retail::Retail;
 
 /// A body that has not arrived by then is not waited for.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the handlers need; cloned for each request, so it is one pointer.
 pub(crate) type App = Arc<AppState>;
@@ -130,7 +130,7 @@ fn complete(router: Router<App>, document: &utoipa::openapi::OpenApi) -> Router<
         .route("/docs", get(async || Redirect::permanent("docs/")))
         .route("/docs/", get(pages::index))
         .route("/docs/{*file}", get(pages::file))
-        .fallback(|| async { Problem::UnknownRoute })
+        .fallback(|| async { Problem::UnknownRoute("/openapi.json names the routes that there are") })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
 }
 

@@ -11,7 +11,11 @@ use shared::{message::AckStatus, order::Violation};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::{App, openapi, query};
+use super::{
+    App,
+    conditions::{NoTags, Tags},
+    openapi, query,
+};
 use crate::{
     error::Problem,
     identity::Caller,
@@ -137,7 +141,8 @@ pub(super) async fn request(
     path: Result<Path<(String, String)>, PathRejection>,
 ) -> Result<Response, Problem> {
     let Path((order_id, correlation_id)) = path.map_err(|error| Problem::Malformed(error.body_text()))?;
-    let correlation_id = uuid(&correlation_id, "the correlation id")?;
+    let correlation_id = Uuid::try_parse(&correlation_id)
+        .map_err(|_| Problem::Malformed("the correlation id is not a UUID".to_owned()))?;
     let order = visible_order(&app, &caller, Ok(Path(order_id))).await?;
     let found = read::request(&app.orders.db, order.order_id, correlation_id).await?;
     let found = found.ok_or(Problem::UnknownRequest)?;
@@ -171,14 +176,13 @@ pub(super) async fn visible_order(
     caller: &Caller,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Order, Problem> {
-    let order_id = uuid(&text(path)?, "the order id")?;
-    seen(caller, app.orders.order(order_id).await?)
+    seen(caller, app.orders.order(order_id(&text(path)?)?).await?)
 }
 
 /// The order of this id, if there is one and the caller may see it; perhaps as it was kept a moment
 /// ago.
 pub(crate) async fn find(app: &App, caller: &Caller, order_id: &str) -> Result<Order, Problem> {
-    let order_id = uuid(order_id, "the order id")?;
+    let order_id = self::order_id(order_id)?;
     let Orders { cache, db, .. } = &app.orders;
     seen(caller, read::order_kept(cache, db, order_id).await?)
 }
@@ -191,25 +195,29 @@ pub(super) fn text(path: Result<Path<String>, PathRejection>) -> Result<String, 
     path.map(|Path(text)| text).map_err(|error| Problem::Malformed(error.body_text()))
 }
 
-fn uuid(text: &str, what: &str) -> Result<Uuid, Problem> {
-    Uuid::try_parse(text).map_err(|_| Problem::Malformed(format!("{what} is not a UUID")))
+fn order_id(text: &str) -> Result<Uuid, Problem> {
+    Uuid::try_parse(text).map_err(|_| {
+        let reason = "the order id is not a UUID; by the marketplace's own id an order is at \
+                      /orders/by-external/{external_id}?user_id=";
+        Problem::Malformed(reason.to_owned())
+    })
 }
 
 fn render(order: &Order, headers: &HeaderMap) -> Response {
     let etag = etag(order.version);
-    if is_known(headers, &etag) {
+    if is_known(headers, order.version) {
         return (StatusCode::NOT_MODIFIED, [(header::ETAG, etag)]).into_response();
     }
     ([(header::ETAG, etag)], json(order)).into_response()
 }
 
-/// Does the caller have it already? `If-None-Match` compares weakly (RFC 9110, section 13.1.2).
-fn is_known(headers: &HeaderMap, etag: &HeaderValue) -> bool {
-    let lists = headers.get_all(header::IF_NONE_MATCH).iter();
-    lists.flat_map(|list| list.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii).any(|tag| {
-        let tag = tag.strip_prefix(b"W/").unwrap_or(tag);
-        tag == b"*" || tag == etag.as_bytes()
-    })
+/// Does the caller have it already? A list that makes no sense says nothing.
+fn is_known(headers: &HeaderMap, version: i64) -> bool {
+    match Tags::of(headers, header::IF_NONE_MATCH) {
+        Ok(Some(Tags::Any)) => true,
+        Ok(Some(Tags::Versions(versions))) => versions.contains(&version),
+        Ok(None) | Err(NoTags) => false,
+    }
 }
 
 /// A strong entity tag (RFC 9110, section 8.8.3).
@@ -227,15 +235,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_caller_has_already_is_compared_weakly() {
+    fn what_a_caller_has_already_is_known_by_its_version() {
         let known = |values: &[&'static str]| {
             let mut headers = HeaderMap::new();
             for value in values {
                 headers.append(header::IF_NONE_MATCH, HeaderValue::from_static(value));
             }
-            is_known(&headers, &etag(7))
+            is_known(&headers, 7)
         };
-        for values in [&["\"7\""][..], &["W/\"7\""], &["*"], &["\"6\" , W/\"7\""], &["\"6\"", "\"7\""]] {
+        for values in [&["\"7\""][..], &["W/\"7\""], &["*"], &["\"6\" , W/\"7\""], &["\"6\"", "\"7\""], &["\"7-gzip\""]]
+        {
             assert!(known(values), "{values:?}");
         }
         for values in [&[][..], &["\"6\""], &["7"], &["\"77\""], &["w/\"7\""], &[""]] {

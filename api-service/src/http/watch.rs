@@ -60,8 +60,8 @@ pub(super) async fn watch(
 ) -> Result<Response, Problem> {
     // The header comes from a client that has come back, to the same URL as before.
     let last = headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-    let known = |text: Option<String>| text.map(|text| version(&text)).transpose();
-    let (last, asked) = (known(last)?, known(query.last_event_id)?);
+    let known = |text: Option<String>, name: &str| text.map(|text| version(&text, name)).transpose();
+    let (last, asked) = (known(last, "the header Last-Event-ID ")?, known(query.last_event_id, "")?);
     let last = last.or(asked);
     let order = visible_order(&app, &caller, path).await?;
     if last.is_some_and(|last| last >= order.version) && app.watchers.is_final(&order.lifecycle, &order.status) {
@@ -79,10 +79,11 @@ pub(super) async fn watch(
     Ok((headers, Body::from_stream(events(watch))).into_response())
 }
 
-fn version(text: &str) -> Result<i64, Problem> {
+fn version(text: &str, name: &str) -> Result<i64, Problem> {
     let version = text.trim().parse().ok().filter(|version: &i64| *version >= 0);
     version.ok_or_else(|| {
-        let reason = "must be the id of an event, as it was sent: a version of the order, or 0 for all of them";
+        let reason =
+            format!("{name}must be the id of an event, as it was sent: a version of the order, or 0 for all of them");
         Problem::Invalid(vec![Violation::new("/last_event_id", reason)])
     })
 }
