@@ -226,11 +226,15 @@ fn refused(order: &Locked, lifecycle: &Lifecycle, refusal: Refusal) -> Problem {
 /// What is fixed at creation may be repeated, not changed.
 fn fixed_fields(order: &Locked, change: &Change) -> Vec<Violation> {
     let mut violations = Vec::new();
+    let fixed = |name: &str, known: Option<&str>| {
+        let is = known.map_or_else(|| "the order has none".to_owned(), |known| format!("it is {known}"));
+        Violation::new(format!("/{name}"), format!("is fixed at creation: {is}; repeat that, or leave it out"))
+    };
     if change.external_id.is_some() && change.external_id != order.external_id {
-        violations.push(Violation::new("/external_id", "is fixed at creation"));
+        violations.push(fixed("external_id", order.external_id.as_deref()));
     }
     if change.lifecycle.is_some_and(|lifecycle| lifecycle.name != order.lifecycle) {
-        violations.push(Violation::new("/lifecycle", "is fixed at creation"));
+        violations.push(fixed("lifecycle", Some(&order.lifecycle)));
     }
     violations
 }

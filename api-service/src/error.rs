@@ -12,7 +12,7 @@ use shared::{
 };
 use uuid::Uuid;
 
-use crate::request::BadRequest;
+use crate::{http::BODY_TIMEOUT, request::BadRequest};
 
 /// Seconds after which a client may try again what could not be done now.
 pub(crate) const RETRY_AFTER: u64 = 1;
@@ -24,17 +24,20 @@ pub(crate) const MAX_ERRORS: usize = 100;
 pub(crate) enum Problem {
     Malformed(String),
     Invalid(Vec<Violation>),
+    /// What the query has, and the route does not take.
+    Parameters(Vec<Violation>),
     UnknownOrder,
     UnknownRequest,
     UnknownParked,
-    UnknownRoute,
+    /// Says where there is something.
+    UnknownRoute(&'static str),
     MethodNotAllowed,
     /// Says what is missing.
     Unauthenticated(&'static str),
     /// Says who may.
     Forbidden(&'static str),
-    ContentType,
-    NotNdjson,
+    /// Says what to send instead.
+    ContentType(&'static str),
     TooLarge {
         limit: usize,
     },
@@ -101,8 +104,9 @@ pub(crate) const DATABASE_READ_ONLY: Problem = Problem::Unavailable("the databas
 impl From<DbError> for Problem {
     fn from(error: DbError) -> Self {
         let problem = match (&error, error.fault()) {
-            (DbError::Refused(_), Fault::Data) => {
-                Self::Invalid(vec![Violation::new("", "PostgreSQL refuses to store this")])
+            (DbError::Refused(refusal), Fault::Data) => {
+                let said = refusal.as_db_error().map_or("for no known reason", |said| said.message());
+                Self::Invalid(vec![Violation::new("", format!("cannot be stored; PostgreSQL says: {said}"))])
             }
             (DbError::Refused(_), Fault::Locked) => {
                 Self::Unavailable("somebody else keeps locked what this would change")
@@ -110,7 +114,8 @@ impl From<DbError> for Problem {
             (DbError::Refused(_), _) => Self::Unavailable("the database refuses to work"),
             (DbError::Away(_), _) => DATABASE_AWAY,
             (DbError::Lost(_), _) => Self::Unavailable(
-                "the database fell silent; whether the order was stored is not known, and repeating is safe with external_id or Idempotency-Key",
+                "the database fell silent; a question can be repeated, and so can a change with external_id or Idempotency-Key: \
+                 whether it was stored is not known",
             ),
         };
         match &error {
@@ -137,18 +142,22 @@ impl Problem {
         match self {
             Self::Malformed(_) => (StatusCode::BAD_REQUEST, "malformed", "The request cannot be read"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation", "The request breaks rules"),
+            Self::Parameters(_) => {
+                (StatusCode::BAD_REQUEST, "malformed", "The query has parameters that are not taken here")
+            }
             Self::UnknownOrder => (StatusCode::NOT_FOUND, "not-found", "There is no such order"),
             Self::UnknownRequest => (StatusCode::NOT_FOUND, "not-found", "There is no such request"),
             Self::UnknownParked => (StatusCode::NOT_FOUND, "not-found", "There is no such parked message"),
             Self::Unauthenticated(_) => (StatusCode::UNAUTHORIZED, "unauthenticated", "Who are you?"),
             Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden", "You may not do this"),
             Self::ParkedElsewise { .. } => (StatusCode::CONFLICT, "conflict", "That cannot be done with this message"),
-            Self::UnknownRoute => (StatusCode::NOT_FOUND, "not-found", "There is nothing here"),
+            Self::UnknownRoute(_) => (StatusCode::NOT_FOUND, "not-found", "There is nothing here"),
             Self::MethodNotAllowed => {
                 (StatusCode::METHOD_NOT_ALLOWED, "malformed", "This method is not for this resource")
             }
-            Self::ContentType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "malformed", "The body is not JSON"),
-            Self::NotNdjson => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "malformed", "The body is not NDJSON"),
+            Self::ContentType(_) => {
+                (StatusCode::UNSUPPORTED_MEDIA_TYPE, "malformed", "The body is of a kind that is not taken here")
+            }
             Self::TooMuchTogether { .. } => {
                 (StatusCode::PAYLOAD_TOO_LARGE, "too-large", "Too much to be stored all or nothing")
             }
@@ -161,7 +170,12 @@ impl Problem {
             Self::ExternalIdTaken { .. } => {
                 (StatusCode::CONFLICT, "conflict", "This external id belongs to an order with other content")
             }
-            Self::Precondition { .. } => (StatusCode::PRECONDITION_FAILED, "precondition", "The order has changed"),
+            Self::Precondition { order: Some(_) } => {
+                (StatusCode::PRECONDITION_FAILED, "precondition", "The order has changed")
+            }
+            Self::Precondition { order: None } => {
+                (StatusCode::PRECONDITION_FAILED, "precondition", "There is no order yet that could have a version")
+            }
             Self::KeyReused => (StatusCode::UNPROCESSABLE_ENTITY, "idempotency", "This key belongs to another request"),
             Self::KeyUndecided { .. } => {
                 (StatusCode::CONFLICT, "idempotency", "The first request with this key is being answered")
@@ -173,12 +187,10 @@ impl Problem {
         }
     }
 
-    pub(crate) fn detail(&self) -> Option<String> {
-        Some(match self {
+    pub(crate) fn detail(&self) -> String {
+        match self {
             Self::Malformed(detail) => detail.clone(),
-            Self::Invalid(violations) => shared::order::sentence(violations),
-            Self::ContentType => "send Content-Type: application/json, not compressed".to_owned(),
-            Self::NotNdjson => "send Content-Type: application/x-ndjson, one order a line".to_owned(),
+            Self::Invalid(violations) | Self::Parameters(violations) => shared::order::sentence(violations),
             Self::TooMuchTogether { lines, bytes } => format!(
                 "with policy=reject-all at most {lines} lines and {bytes} bytes are taken; policy=reject-failed has no limit"
             ),
@@ -194,31 +206,44 @@ impl Problem {
             Self::Precondition { order: Some((_, version)) } => {
                 format!("it is at version {version}; read it again, and send its ETag in If-Match")
             }
-            Self::Precondition { order: None } => "If-Match is for orders that are there".to_owned(),
+            Self::Precondition { order: None } => {
+                "this makes a new order: leave If-Match out, or send the order_id of the order that is meant".to_owned()
+            }
             Self::ExternalIdTaken { order_id } => {
                 format!("it is order {order_id}: to change it send its order_id, for a new order another external_id")
             }
             Self::KeyReused => "take a new Idempotency-Key for another request".to_owned(),
-            Self::KeyUndecided { .. } => "nothing is lost; try again, or look at /requests".to_owned(),
+            Self::KeyUndecided { order_id, correlation_id } => {
+                format!("nothing is lost; try again, or look at /orders/{order_id}/requests/{correlation_id}")
+            }
             Self::Rejected { reason, .. } => reason.clone(),
-            Self::Unavailable(detail) | Self::Unauthenticated(detail) | Self::Forbidden(detail) => (*detail).to_owned(),
+            Self::Unavailable(detail)
+            | Self::Unauthenticated(detail)
+            | Self::Forbidden(detail)
+            | Self::ContentType(detail)
+            | Self::UnknownRoute(detail) => (*detail).to_owned(),
             Self::ParkedElsewise { state, detail } => format!("it is {state}; {detail}"),
             Self::TooMany { retry_after } => format!("this caller may ask again in {retry_after} s (RATE_LIMIT)"),
             Self::Internal => "it is in our log".to_owned(),
-            Self::UnknownOrder
-            | Self::UnknownRequest
-            | Self::UnknownParked
-            | Self::UnknownRoute
-            | Self::MethodNotAllowed
-            | Self::TooSlow
-            | Self::Deleted { .. } => return None,
-        })
+            // Whether it is somebody else's is not told.
+            Self::UnknownOrder => {
+                "check the id, and on whose behalf it is asked (X-User-Id, or the token): orders of others are not shown"
+                    .to_owned()
+            }
+            Self::UnknownRequest => "check the correlation id: a request is one of its order's".to_owned(),
+            Self::UnknownParked => "GET /admin/parked lists those that there are".to_owned(),
+            Self::MethodNotAllowed => "the header Allow names those that are".to_owned(),
+            Self::TooSlow => format!("all of it must arrive within {} s", BODY_TIMEOUT.as_secs()),
+            Self::Deleted { .. } => "nothing changes it any more; a new order may have its external_id".to_owned(),
+        }
     }
 
     /// What else is known, for programs.
     pub(crate) fn members(&self) -> Map<String, Value> {
         let members = match self {
-            Self::Invalid(violations) => json!({ "errors": &violations[..violations.len().min(MAX_ERRORS)] }),
+            Self::Invalid(violations) | Self::Parameters(violations) => {
+                json!({ "errors": &violations[..violations.len().min(MAX_ERRORS)] })
+            }
             Self::Deleted { order_id } | Self::ExternalIdTaken { order_id } => json!({ "order_id": order_id }),
             Self::Precondition { order: Some((order_id, version)) } => {
                 json!({ "order_id": order_id, "order_version": version })
@@ -253,7 +278,7 @@ impl Problem {
     /// In one sentence.
     pub(crate) fn sentence(&self) -> String {
         let (_, _, title) = self.kind();
-        self.detail().map_or_else(|| title.to_owned(), |detail| format!("{title}: {detail}"))
+        format!("{title}: {}", self.detail())
     }
 
     /// Status and problem details.
@@ -263,9 +288,7 @@ impl Problem {
         body.insert("type".into(), format!("urn:orderstream:problem:{kind}").into());
         body.insert("title".into(), title.into());
         body.insert("status".into(), status.as_u16().into());
-        if let Some(detail) = self.detail() {
-            body.insert("detail".into(), detail.into());
-        }
+        body.insert("detail".into(), self.detail().into());
         (status, Value::Object(body))
     }
 

@@ -84,7 +84,10 @@ pub(crate) fn router(app: App) -> anyhow::Result<Router> {
         .route_layer(from_fn_with_state(app, call::admit))
         .route_service(&methods(&health), health)
         .merge(reflection)
-        .fallback(|| async { Status::from(Problem::UnknownRoute).into_http::<Body>() })
+        .fallback(|| async {
+            let problem = Problem::UnknownRoute("reflection names the services and methods that there are");
+            Status::from(problem).into_http::<Body>()
+        })
         .layer(CatchPanicLayer::custom(panicked)))
 }
 

@@ -172,6 +172,9 @@ pub(crate) fn parse_with_items(
 ) -> Result<Upsert, BadRequest> {
     let body =
         std::str::from_utf8(body).map_err(|error| BadRequest::Malformed(format!("the body is not UTF-8: {error}")))?;
+    if body.trim().is_empty() {
+        return Err(BadRequest::Malformed("there is no body: send the order as a JSON object".to_owned()));
+    }
     let raw: Body<'_> = serde_json::from_str(body).map_err(|error| {
         if error.is_data() {
             BadRequest::Invalid(vec![Violation::new("", "must be a JSON object")])

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
@@ -100,7 +100,7 @@ enum Command {
         /// Its id
         id: String,
         /// Begin behind this version; 0: with the first
-        #[arg(long, value_name = "VERSION")]
+        #[arg(long, value_name = "VERSION", value_parser = clap::value_parser!(i64).range(0..))]
         since: Option<i64>,
     },
     /// Many orders in one request, one a line (NDJSON); nobody waits for the worker
@@ -149,8 +149,8 @@ struct Filter {
     #[arg(long, value_name = "TIME")]
     to: Option<String>,
     /// Most orders
-    #[arg(long, default_value_t = 50)]
-    limit: usize,
+    #[arg(long, default_value = "50")]
+    limit: NonZeroUsize,
 }
 
 /// Carries out what was asked; was all of it?
@@ -168,11 +168,12 @@ pub async fn run(cli: Cli) -> anyhow::Result<bool> {
     match command {
         Command::Create { file, wait, key } => create(&service, &file, wait, key.as_deref(), json).await?,
         Command::Get { id, user } => {
-            let path = match user {
-                Some(user) => format!("/orders/by-external/{}?user_id={}", encoded(&id), encoded(&user)),
+            let path = match &user {
+                Some(user) => format!("/orders/by-external/{}?user_id={}", encoded(&id), encoded(user)),
                 None => format!("/orders/{}", encoded(&id)),
             };
-            tell::<Order>(&service.get(&path).await?, json, show::order)?;
+            let answer = service.get(&path).await.map_err(in_flags)?;
+            tell::<Order>(&answer, json, show::order)?;
         }
         Command::List(filter) => list(&service, filter, json).await?,
         Command::History { id } => {
@@ -248,7 +249,7 @@ async fn create(
 
 async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<()> {
     const LARGEST_PAGE: usize = 200;
-    let mut left = filter.limit;
+    let mut left = filter.limit.get();
     let mut query = Vec::new();
     for (name, value) in [
         ("user_id", filter.user),
@@ -260,11 +261,11 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
     ] {
         query.extend(value.map(|value| format!("{name}={}", encoded(&value))));
     }
-    query.push(format!("limit={}", left.clamp(1, LARGEST_PAGE)));
+    query.push(format!("limit={}", left.min(LARGEST_PAGE)));
     let mut path = Some(format!("/orders?{}", query.join("&")));
     let mut orders: Vec<Box<RawValue>> = Vec::new();
     while let Some(next) = path.take().filter(|_| left > 0) {
-        let answer = service.get(&next).await?;
+        let answer = service.get(&next).await.map_err(in_flags)?;
         let page: Vec<Box<RawValue>> = read(&answer.body)?;
         let page = page.into_iter().take(left);
         if json {
@@ -274,7 +275,7 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
             }
         } else {
             orders.extend(page);
-            left = filter.limit - orders.len();
+            left = filter.limit.get() - orders.len();
         }
         path = answer.header("link").and_then(next_page).map(str::to_owned);
     }
@@ -286,6 +287,18 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
         eprintln!("there are more: --limit");
     }
     Ok(())
+}
+
+/// A refusal in the words of this command line: what the service calls a parameter is a flag here.
+fn in_flags(refusal: anyhow::Error) -> anyhow::Error {
+    const FLAGS: [(&str, &str); 4] = [
+        ("\n  /user_id ", "\n  --user "),
+        ("\n  /created_from ", "\n  --from "),
+        ("\n  /created_to ", "\n  --to "),
+        ("at /orders/by-external/{external_id}?user_id=", "found with --user"),
+    ];
+    let text = FLAGS.iter().fold(format!("{refusal:#}"), |text, (parameter, flag)| text.replace(parameter, flag));
+    anyhow!(text.replace("\n  /", "\n  --"))
 }
 
 /// What `Link` names as the next page (RFC 8288): the service's own path.
@@ -301,6 +314,13 @@ mod tests {
     #[test]
     fn the_command_line_makes_sense() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_refusal_names_the_flag_that_was_given() {
+        let said = "422: The request breaks rules\n  /created_from must be a time\n  /limit must be less";
+        let told = "422: The request breaks rules\n  --from must be a time\n  --limit must be less";
+        assert_eq!(in_flags(anyhow!(said)).to_string(), told);
     }
 
     #[test]

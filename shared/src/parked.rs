@@ -93,7 +93,6 @@ pub fn short(reason: &str) -> String {
 
 /// Which messages are meant: those to which all that is given applies.
 #[derive(Clone, Debug, Default, Deserialize, clap::Args)]
-#[serde(deny_unknown_fields)]
 pub struct Filter {
     /// One message
     #[arg(long)]

@@ -18,11 +18,11 @@ const TEXT_BYTES: usize = 1024;
 
 fn code(problem: &Problem) -> Code {
     match problem {
-        Problem::Malformed(_) | Problem::Invalid(_) | Problem::ContentType | Problem::NotNdjson => {
+        Problem::Malformed(_) | Problem::Invalid(_) | Problem::Parameters(_) | Problem::ContentType(_) => {
             Code::InvalidArgument
         }
         Problem::UnknownOrder | Problem::UnknownRequest | Problem::UnknownParked => Code::NotFound,
-        Problem::UnknownRoute | Problem::MethodNotAllowed => Code::Unimplemented,
+        Problem::UnknownRoute(_) | Problem::MethodNotAllowed => Code::Unimplemented,
         Problem::Unauthenticated(_) => Code::Unauthenticated,
         Problem::Forbidden(_) => Code::PermissionDenied,
         // As every gRPC library answers a message that is too large for it.
@@ -47,7 +47,7 @@ fn code(problem: &Problem) -> Code {
 
 impl From<Problem> for Status {
     fn from(problem: Problem) -> Self {
-        let (_, kind, title) = problem.kind();
+        let (_, kind, _) = problem.kind();
         metrics::counter!("orderstream_requests_refused_total", "reason" => kind).increment(1);
         let code = code(&problem);
         let reason = kind.replace('-', "_").to_uppercase();
@@ -64,8 +64,7 @@ impl From<Problem> for Status {
         if let Some(seconds) = retry_after {
             details.set_retry_info(Some(Duration::from_secs(seconds)));
         }
-        let message = problem.detail().map_or_else(|| title.to_owned(), |detail| format!("{title}: {detail}"));
-        Self::with_error_details(code, short(message), details)
+        Self::with_error_details(code, short(problem.sentence()), details)
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use axum::{
     Router,
-    extract::{Path, Query, Request, State, rejection::QueryRejection},
-    http::{StatusCode, header},
+    extract::{Path, Request, State},
+    http::{Method, StatusCode, header},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -19,9 +19,14 @@ use shared::{
     parked::{self, Entry, Filter, Kind, State as ParkedState},
 };
 
+use clap::Args as _;
 use tower::util::MapResponseLayer;
 
-use super::{headers::guard, reads::json};
+use super::{
+    headers::guard,
+    query::{self, Parameters},
+    reads::json,
+};
 use crate::error::Problem;
 
 const DEFAULT_LIMIT: i64 = 100;
@@ -43,11 +48,24 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/admin/parked/{id}/redrive", post(redrive))
         .route("/admin/parked/{id}/discard", post(discard))
         .route("/admin/stuck", get(stuck))
-        .fallback(|| async { Problem::UnknownRoute })
+        .route_layer(from_fn_with_state(Arc::new(parameters()), query::check))
+        .fallback(|| async { Problem::UnknownRoute("the routes begin with /admin/parked and /admin/stuck") })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
         .layer(from_fn_with_state(admin.clone(), check_token))
         .layer(MapResponseLayer::new(guard))
         .with_state(admin)
+}
+
+/// A filter's names are those of the command line.
+fn parameters() -> Parameters {
+    let filter = Filter::augment_args(clap::Command::new("filter"));
+    let filter: Vec<&str> = filter.get_arguments().map(|name| name.get_id().as_str()).collect();
+    let of_list = [&["limit", "cursor"], filter.as_slice()].concat();
+    Parameters::new(&[
+        ("/admin/parked", Method::GET, &of_list),
+        ("/admin/parked/redrive", Method::POST, &filter),
+        ("/admin/parked/discard", Method::POST, &filter),
+    ])
 }
 
 async fn check_token(State(admin): State<Admin>, request: Request, next: Next) -> Response {
@@ -86,19 +104,14 @@ struct Parked {
 
 async fn list(
     State(admin): State<Admin>,
-    page: Result<Query<Page>, QueryRejection>,
-    request: Request,
+    query::Asked(page): query::Asked<Page>,
+    query::Asked(filter): query::Asked<Filter>,
 ) -> Result<Response, Problem> {
-    let Query(page) = page.map_err(|error| Problem::Malformed(error.body_text()))?;
     let limit = page.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=parked::MAX_LIMIT).contains(&limit) {
         let reason = format!("must be from 1 to {}", parked::MAX_LIMIT);
         return Err(Problem::Invalid(vec![Violation::new("/limit", reason)]));
     }
-    // What says which page is no part of the filter.
-    let of_page = |pair: &&str| pair.starts_with("limit=") || pair.starts_with("cursor=");
-    let query = request.uri().query().unwrap_or_default();
-    let filter = filter(&query.split('&').filter(|pair| !of_page(pair)).collect::<Vec<_>>().join("&"))?;
     let parked = parked::list(&admin.db, &filter, page.cursor.unwrap_or(0), limit).await?;
     let is_full = i64::try_from(parked.len()).is_ok_and(|len| len == limit);
     let next = parked.last().map(|last| last.id).filter(|_| is_full);
@@ -115,13 +128,19 @@ struct Count {
     count: u64,
 }
 
-async fn redrive_all(State(admin): State<Admin>, request: Request) -> Result<Response, Problem> {
-    let filter = bulk(&request)?;
+async fn redrive_all(
+    State(admin): State<Admin>,
+    query::Asked(filter): query::Asked<Filter>,
+) -> Result<Response, Problem> {
+    check_names_some(&filter)?;
     Ok(json(&Count { count: parked::redrive(&admin.db, &filter).await? }).into_response())
 }
 
-async fn discard_all(State(admin): State<Admin>, request: Request) -> Result<Response, Problem> {
-    let filter = bulk(&request)?;
+async fn discard_all(
+    State(admin): State<Admin>,
+    query::Asked(filter): query::Asked<Filter>,
+) -> Result<Response, Problem> {
+    check_names_some(&filter)?;
     Ok(json(&Count { count: parked::discard(&admin.db, &filter).await? }).into_response())
 }
 
@@ -164,18 +183,11 @@ fn number(id: &str) -> Result<i64, Problem> {
     id.parse().map_err(|_| Problem::UnknownParked)
 }
 
-fn filter(query: &str) -> Result<Filter, Problem> {
-    let uri = format!("/?{query}").parse().map_err(|_| Problem::Malformed("the query makes no sense".to_owned()))?;
-    let Query(filter) = Query::<Filter>::try_from_uri(&uri).map_err(|error| Problem::Malformed(error.body_text()))?;
-    Ok(filter)
-}
-
 /// To mean all of them takes more than forgetting to say which.
-fn bulk(request: &Request) -> Result<Filter, Problem> {
-    let filter = filter(request.uri().query().unwrap_or_default())?;
+fn check_names_some(filter: &Filter) -> Result<(), Problem> {
     if filter.is_empty() {
         let reason = "say which: ?id=, order_id=, topic=, reason=, state= or kind=";
         return Err(Problem::Invalid(vec![Violation::new("", reason)]));
     }
-    Ok(filter)
+    Ok(())
 }

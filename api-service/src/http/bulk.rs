@@ -25,16 +25,22 @@ use axum::{
 };
 use bytes::BytesMut;
 use futures_util::{Stream, StreamExt as _, stream};
+use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use utoipa::IntoParams;
 use uuid::Uuid;
 
-use self::{answer::Summary, lines::Lines, reader::Reader};
+use self::{
+    answer::Summary,
+    lines::{Cut, Lines},
+    reader::Reader,
+};
 use super::{
     App, BODY_TIMEOUT,
     openapi::{self, ProblemDetails},
-    orders::{is_coded, trace},
+    orders::{CODED, is_coded, trace},
+    query,
 };
 use crate::{
     error::{MAX_ERRORS, Problem},
@@ -99,10 +105,9 @@ impl Places {
     }
 }
 
-#[derive(IntoParams)]
+#[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[expect(dead_code, reason = "describes what is read by hand")]
-struct BulkQuery {
+pub(super) struct BulkQuery {
     /// What a refused line means for the others: `reject-failed` nothing, `reject-all` that none is stored
     #[param(pattern = "^reject-(failed|all)$")]
     policy: Option<String>,
@@ -119,7 +124,7 @@ struct BulkQuery {
     responses(
         (status = 200, description = "A line for each, and a summary", body = String,
             content_type = "application/x-ndjson"),
-        (status = 400, description = "The query or a header makes no sense", body = ProblemDetails,
+        (status = 400, description = "The query or a header makes no sense, or there is no body", body = ProblemDetails,
             content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time", body = ProblemDetails,
             content_type = "application/problem+json"),
@@ -135,11 +140,12 @@ struct BulkQuery {
 pub(super) async fn submit(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
+    query::Asked(query): query::Asked<BulkQuery>,
     request: Request,
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     check_headers(&parts.headers)?;
-    let policy = Policy::of(parts.uri.query().unwrap_or_default())?;
+    let policy = Policy::of(query.policy.as_deref())?;
     let place = app.bulk_places.take(&caller)?;
     match policy {
         Policy::RejectFailed => each(app, caller, &parts.headers, body, place).await,
@@ -149,14 +155,14 @@ pub(super) async fn submit(
 
 fn check_headers(headers: &HeaderMap) -> Result<(), Problem> {
     if is_coded(headers) {
-        return Err(Problem::NotNdjson);
+        return Err(CODED);
     }
     if let Some(value) = headers.get(header::CONTENT_TYPE) {
         let essence = value.to_str().ok().and_then(|value| value.split(';').next());
         let essence = essence.map(|essence| essence.trim().to_ascii_lowercase());
         let known = ["application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonl"];
         if !essence.is_some_and(|essence| known.contains(&essence.as_str())) {
-            return Err(Problem::NotNdjson);
+            return Err(Problem::ContentType("Content-Type must be application/x-ndjson: one order a line"));
         }
     }
     for name in ["idempotency-key", "if-match"] {
@@ -176,14 +182,11 @@ enum Policy {
 }
 
 impl Policy {
-    fn of(query: &str) -> Result<Self, Problem> {
-        match query.trim_matches('&') {
-            "" | "policy=reject-failed" => Ok(Self::RejectFailed),
-            "policy=reject-all" => Ok(Self::RejectAll),
-            _ => {
-                let reason = "the query can only be policy=reject-failed or policy=reject-all, once";
-                Err(Problem::Malformed(reason.to_owned()))
-            }
+    fn of(policy: Option<&str>) -> Result<Self, Problem> {
+        match policy {
+            None | Some("reject-failed") => Ok(Self::RejectFailed),
+            Some("reject-all") => Ok(Self::RejectAll),
+            Some(_) => Err(Problem::Malformed("policy must be reject-failed or reject-all".to_owned())),
         }
     }
 }
@@ -216,11 +219,19 @@ enum Outcome {
     End(Option<&'static str>),
 }
 
+/// Who sends nothing has most likely lost a file on the way.
+fn no_body() -> Problem {
+    Problem::Malformed("there is no body: send one order a line, each a body of POST /orders".to_owned())
+}
+
 /// Each line for itself.
 async fn each(app: App, caller: Caller, headers: &HeaderMap, body: Body, place: Place) -> Result<Response, Problem> {
     let mut lines = Lines::new(body.into_data_stream(), app.max_body_bytes, BODY_TIMEOUT);
-    if headers.contains_key(header::EXPECT) {
-        lines.begin().await.map_err(|_| Problem::TooSlow)?;
+    match lines.begin().await {
+        Ok(true) => {}
+        Ok(false) => return Err(no_body()),
+        Err(Cut::TooSlow) => return Err(Problem::TooSlow),
+        Err(Cut::BrokenOff) => return Err(Problem::Malformed("the body broke off".to_owned())),
     }
     let (items, mut received) = mpsc::channel(WINDOW);
     let hopeless = CancellationToken::new();

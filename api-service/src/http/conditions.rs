@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderName, header};
 use serde_json::value::RawValue;
-use shared::message::now;
+use shared::{message::now, order::whole};
 
 use crate::{
     change::Expected,
@@ -19,30 +19,78 @@ use crate::{
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 pub(crate) const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
-/// The versions of which an order must be one, if the caller says so.
-pub(super) fn if_match(headers: &HeaderMap) -> Result<Option<Expected>, Problem> {
-    let mut versions = Vec::new();
-    let mut is_there = false;
-    for value in headers.get_all(header::IF_MATCH) {
-        is_there = true;
-        let value = value.to_str().map_err(|_| no_entity_tag())?;
-        for tag in value.split(',').map(str::trim) {
-            if tag == "*" {
-                return Ok(Some(Expected::Any));
-            }
-            let (is_weak, opaque) = tag.strip_prefix("W/").map_or((false, tag), |tag| (true, tag));
-            let opaque = opaque.strip_prefix('"').and_then(|tag| tag.strip_suffix('"')).ok_or_else(no_entity_tag)?;
-            // A weak tag matches nothing here, nor does one that we never gave.
-            if let (false, Ok(version)) = (is_weak, opaque.parse()) {
-                versions.push(version);
-            }
-        }
-    }
-    Ok(is_there.then_some(Expected::OneOf(versions)))
+/// What a proxy that compresses puts behind the tag of an answer: `"2-gzip"` of Apache, `"2--gzip"` of Jetty,
+/// and of others by the names of their codings (RFC 9110, section 8.4.1).
+const CODINGS: [&str; 8] = ["gzip", "br", "zstd", "deflate", "compress", "dcb", "dcz", "identity"];
+
+/// Entity tags that a caller sends back (RFC 9110, section 8.8.3).
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Tags {
+    Any,
+    /// Those of them that are versions of an order.
+    Versions(Vec<i64>),
 }
 
-fn no_entity_tag() -> Problem {
-    Problem::Malformed("If-Match must be an entity tag as ETag gave it, such as \"3\" with its quotes, or *".to_owned())
+impl Tags {
+    /// `None` where the header is not there.
+    ///
+    /// A weak tag is as good as a strong one. nginx makes each tag weak that it compresses, and a strict
+    /// comparison would then match none. It is safe because a tag is the order's version: whatever is made of
+    /// the bytes on their way, what is shown is that version. For the same reason a coding behind it is left
+    /// out. A tag that is none of ours is passed over.
+    ///
+    /// # Errors
+    /// When it is no list of tags.
+    pub(super) fn of(headers: &HeaderMap, name: HeaderName) -> Result<Option<Self>, NoTags> {
+        let (mut versions, mut is_there) = (Vec::new(), false);
+        for value in headers.get_all(name) {
+            is_there = true;
+            let mut rest = value.to_str().map_err(|_| NoTags)?.trim_start_matches([' ', '\t', ',']);
+            while !rest.is_empty() {
+                if rest.starts_with('*') {
+                    return Ok(Some(Self::Any));
+                }
+                let tag = rest.strip_prefix("W/").unwrap_or(rest).strip_prefix('"').ok_or(NoTags)?;
+                let (opaque, behind) = tag.split_once('"').ok_or(NoTags)?;
+                versions.extend(version(opaque));
+                let behind = behind.trim_start_matches([' ', '\t']);
+                if !behind.is_empty() && !behind.starts_with(',') {
+                    return Err(NoTags);
+                }
+                rest = behind.trim_start_matches([' ', '\t', ',']);
+            }
+        }
+        Ok(is_there.then_some(Self::Versions(versions)))
+    }
+}
+
+/// A header that holds no entity tags.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct NoTags;
+
+fn version(mut opaque: &str) -> Option<i64> {
+    while let Some(before) = CODINGS.iter().find_map(|coding| opaque.strip_suffix(coding)) {
+        opaque = before.trim_end_matches(['-', ';']);
+        if opaque.len() == before.len() {
+            return None;
+        }
+    }
+    whole(opaque).filter(|version| *version >= 0)
+}
+
+/// The versions of which an order must be one, if the caller says so.
+pub(super) fn if_match(headers: &HeaderMap) -> Result<Option<Expected>, Problem> {
+    match Tags::of(headers, header::IF_MATCH) {
+        Ok(None) => Ok(None),
+        Ok(Some(Tags::Any)) => Ok(Some(Expected::Any)),
+        Ok(Some(Tags::Versions(versions))) if !versions.is_empty() => Ok(Some(Expected::OneOf(versions))),
+        // To call the order changed would send the caller back for the same tag without an end.
+        Ok(Some(Tags::Versions(_))) | Err(NoTags) => Err(Problem::Malformed(
+            "If-Match holds no version of an order: send the ETag that the order was read with, such as \"3\" with its \
+             quotes, or *"
+                .to_owned(),
+        )),
+    }
 }
 
 /// The caller's key for `POST /orders` with this body.
@@ -119,16 +167,52 @@ mod tests {
     }
 
     #[test]
-    fn strong_entity_tags_name_versions() {
+    fn a_version_is_found_in_what_proxies_make_of_a_tag() {
         let of = |values: &[&'static str]| if_match(&headers(header::IF_MATCH, values));
         let versions = |values: &[i64]| Some(Expected::OneOf(values.to_vec()));
         assert_eq!(of(&[]).unwrap(), None);
         assert_eq!(of(&["*"]).unwrap(), Some(Expected::Any));
-        assert_eq!(of(&["\"3\""]).unwrap(), versions(&[3]));
         assert_eq!(of(&["\"3\", \"5\"", "\"7\""]).unwrap(), versions(&[3, 5, 7]));
-        assert_eq!(of(&["W/\"3\", \"of another\""]).unwrap(), versions(&[]));
-        for broken in ["3", "\"3", "", "\"3\";", "\"3\" \"4"] {
-            assert!(matches!(of(&[broken]), Err(Problem::Malformed(_))), "{broken}");
+        assert_eq!(of(&["W/\"3\",, \"a,b\" , \"of another\","]).unwrap(), versions(&[3]));
+        for tag in [
+            "\"2\"",
+            "W/\"2\"",
+            "\"2-gzip\"",
+            "W/\"2-gzip\"",
+            "\"2--gzip\"",
+            "\"2;gzip\"",
+            "\"2-br\"",
+            "\"2-zstd\"",
+            "\"2-deflate-gzip\"",
+        ] {
+            assert_eq!(of(&[tag]).unwrap(), versions(&[2]), "{tag}");
+        }
+    }
+
+    #[test]
+    fn a_list_without_a_version_is_refused_by_its_name() {
+        for broken in [
+            "3",
+            "\"3",
+            "",
+            "\"3\";",
+            "\"3\" \"4",
+            "w/\"3\"",
+            "\"\"",
+            "\"of another\"",
+            "\"-3\"",
+            "\"+3\"",
+            "\"03\"",
+            "\"2gzip\"",
+            "\"2-other\"",
+            "\"2-gzip-3\"",
+            "\"gzip\"",
+            "\"99999999999999999999\"",
+        ] {
+            match if_match(&headers(header::IF_MATCH, &[broken])) {
+                Err(Problem::Malformed(said)) => assert!(said.starts_with("If-Match holds no version"), "{said}"),
+                other => panic!("{broken}: {other:?}"),
+            }
         }
     }
 

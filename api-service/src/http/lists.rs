@@ -2,20 +2,22 @@
 
 use axum::{
     Extension,
-    extract::{Path, Query, State, rejection::PathRejection, rejection::QueryRejection},
+    extract::{Path, State, rejection::PathRejection},
     http::{HeaderValue, Uri, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
-use shared::{
-    cache::Key,
-    order::{Violation, escape},
-};
+use percent_encoding::percent_decode_str;
+use serde::Deserialize;
+use shared::{cache::Key, order::Violation};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use utoipa::IntoParams;
 use uuid::Uuid;
 
-use super::{App, openapi, reads::json};
+use super::{
+    App, openapi, query,
+    reads::{json, text},
+};
 use crate::{
     error::Problem,
     identity::Caller,
@@ -31,23 +33,18 @@ const CURSOR: &str = "cursor";
 /// Years 1 to 9999, in microseconds: what both RFC 3339 and PostgreSQL can say.
 const TIMES: std::ops::RangeInclusive<i128> = -62_135_596_800_000_000..=253_402_300_799_999_999;
 
-/// As axum decodes a query: in its order, names perhaps twice.
-type Pairs = Result<Query<Vec<(String, String)>>, QueryRejection>;
-
-/// What a list is asked for.
-#[derive(IntoParams)]
+#[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[expect(dead_code, reason = "describes what is read by hand")]
-struct OfAll {
+pub(super) struct OfAll {
     /// Those of one user
     #[param(nullable = false, min_length = 1)]
     user_id: Option<String>,
 }
 
-#[derive(IntoParams)]
+/// What a list is asked for, each as it is written.
+#[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[expect(dead_code, reason = "describes what is read by hand")]
-struct ListQuery {
+pub(super) struct ListQuery {
     /// Those in one state
     #[param(nullable = false, min_length = 1)]
     status: Option<String>,
@@ -59,12 +56,12 @@ struct ListQuery {
     external_id: Option<String>,
     /// Created then or later
     #[param(value_type = Option<openapi::Time>)]
-    created_from: Option<()>,
+    created_from: Option<String>,
     /// Created before that
     #[param(value_type = Option<openapi::Time>)]
-    created_to: Option<()>,
-    #[param(minimum = 1, maximum = 200, default = 50)]
-    limit: Option<u32>,
+    created_to: Option<String>,
+    #[param(value_type = Option<u32>, minimum = 1, maximum = 200, default = 50)]
+    limit: Option<String>,
     /// From the `Link` of the page before
     cursor: Option<String>,
 }
@@ -83,11 +80,10 @@ pub(super) async fn all(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     uri: Uri,
-    pairs: Pairs,
+    query::Asked(OfAll { user_id }): query::Asked<OfAll>,
+    query::Asked(query): query::Asked<ListQuery>,
 ) -> Result<Response, Problem> {
-    let Query(pairs) = pairs.map_err(|error| Problem::Malformed(error.body_text()))?;
-    let asked = Asked::parse(&pairs, true)?;
-    respond(&app, &caller, &uri, &pairs, asked).await
+    respond(&app, &caller, &uri, Asked::parse(user_id, query)?).await
 }
 
 /// Orders of one user, newest first, a page at a time
@@ -105,21 +101,14 @@ pub(super) async fn of_user(
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
     uri: Uri,
-    pairs: Pairs,
+    query::Asked(query): query::Asked<ListQuery>,
 ) -> Result<Response, Problem> {
-    let Path(user_id) = path.map_err(|error| Problem::Malformed(error.body_text()))?;
-    let Query(pairs) = pairs.map_err(|error| Problem::Malformed(error.body_text()))?;
-    let asked = Asked { user_id: Some(user_id), ..Asked::parse(&pairs, false)? };
-    respond(&app, &caller, &uri, &pairs, asked).await
+    let user_id = text(path)?;
+    let asked = Asked { user_id: Some(user_id), ..Asked::parse(None, query)? };
+    respond(&app, &caller, &uri, asked).await
 }
 
-async fn respond(
-    app: &App,
-    caller: &Caller,
-    uri: &Uri,
-    pairs: &[(String, String)],
-    mut asked: Asked,
-) -> Result<Response, Problem> {
+async fn respond(app: &App, caller: &Caller, uri: &Uri, mut asked: Asked) -> Result<Response, Problem> {
     if asked.user_id.as_deref().is_some_and(|user_id| !caller.sees(user_id)) {
         return Err(Problem::UnknownOrder);
     }
@@ -128,7 +117,7 @@ async fn respond(
     let page = find(app, &asked).await?;
     let mut response = json(&page.orders).into_response();
     if let Some(end) = page.end()
-        && let Ok(link) = HeaderValue::try_from(next_link(uri, pairs, end))
+        && let Ok(link) = HeaderValue::try_from(next_link(uri, end))
     {
         response.headers_mut().insert(header::LINK, link);
     }
@@ -189,45 +178,23 @@ struct Asked {
 }
 
 impl Asked {
-    fn parse(pairs: &[(String, String)], takes_user: bool) -> Result<Self, Problem> {
-        let known = if takes_user { "user_id, " } else { "" };
-        let mut violations = Vec::new();
-        let mut seen: Vec<&str> = Vec::new();
-        let (mut to, mut cursor) = (*TIMES.end(), None);
-        let mut asked = Self {
-            user_id: None,
-            external_id: None,
-            status: None,
-            lifecycle: None,
-            from: time(*TIMES.start()),
-            before: Place { created_at: time(to), order_id: Uuid::nil() },
-            limit: DEFAULT_LIMIT,
-        };
-        for (name, value) in pairs {
-            let result = match name.as_str() {
-                name if seen.contains(&name) => Err("is given twice".to_owned()),
-                _ if value.is_empty() && !name.is_empty() => Err("is empty: leave it out, or give a value".to_owned()),
-                "user_id" if takes_user => keep(&mut asked.user_id, value),
-                "external_id" => keep(&mut asked.external_id, value),
-                "status" => keep(&mut asked.status, value),
-                "lifecycle" => keep(&mut asked.lifecycle, value),
-                "created_from" => micros(value).map(|micros| asked.from = time(micros)),
-                "created_to" => micros(value).map(|micros| to = micros),
-                "limit" => limit(value).map(|limit| asked.limit = limit),
-                CURSOR => decode(value).map(|place| cursor = Some(place)),
-                _ => Err(format!(
-                    "is not known here; known are {known}status, lifecycle, external_id, created_from, created_to, \
-                     limit, cursor"
-                )),
-            };
-            seen.push(name);
-            if let Err(reason) = result {
-                violations.push(Violation::new(format!("/{}", escape(name)), reason));
-            }
-        }
+    fn parse(user_id: Option<String>, query: ListQuery) -> Result<Self, Problem> {
+        let mut check = Check(Vec::new());
+        let from = check.read("created_from", query.created_from, |text| micros(&text)).unwrap_or(*TIMES.start());
+        let to = check.read("created_to", query.created_to, |text| micros(&text)).unwrap_or(*TIMES.end());
         // Nothing is older than the nil id of a time, and of that time: this is "before that time".
         let end = Place { created_at: time(to), order_id: Uuid::nil() };
-        asked.before = cursor.map_or(end, |cursor: Place| cursor.min(end));
+        let cursor = check.read("cursor", query.cursor, |text| decode(&text));
+        let asked = Self {
+            user_id: check.read("user_id", user_id, Ok),
+            external_id: check.read("external_id", query.external_id, Ok),
+            status: check.read("status", query.status, Ok),
+            lifecycle: check.read("lifecycle", query.lifecycle, Ok),
+            from: time(from),
+            before: cursor.map_or(end, |cursor| cursor.min(end)),
+            limit: check.read("limit", query.limit, |text| limit(&text)).unwrap_or(DEFAULT_LIMIT),
+        };
+        let Check(violations) = check;
         if violations.is_empty() { Ok(asked) } else { Err(Problem::Invalid(violations)) }
     }
 
@@ -239,9 +206,23 @@ impl Asked {
     }
 }
 
-fn keep(place: &mut Option<String>, value: &str) -> Result<(), String> {
-    *place = Some(value.to_owned());
-    Ok(())
+/// The broken rules of a query: all of them, not just the first.
+pub(super) struct Check(pub Vec<Violation>);
+
+impl Check {
+    /// What a parameter says, if it is there and makes sense.
+    pub(super) fn read<T>(
+        &mut self,
+        name: &str,
+        given: Option<String>,
+        read: impl FnOnce(String) -> Result<T, String>,
+    ) -> Option<T> {
+        let read = match given? {
+            text if text.is_empty() => Err("is empty: leave it out, or give a value".to_owned()),
+            text => read(text),
+        };
+        read.map_err(|reason| self.0.push(Violation::new(format!("/{name}"), reason))).ok()
+    }
 }
 
 fn limit(text: &str) -> Result<usize, String> {
@@ -288,10 +269,11 @@ fn decode(cursor: &str) -> Result<Place, String> {
 }
 
 /// The same question, from there on. What was asked is repeated as it was written.
-fn next_link(uri: &Uri, pairs: &[(String, String)], end: Place) -> String {
+fn next_link(uri: &Uri, end: Place) -> String {
     let parts = uri.query().unwrap_or_default().split('&').filter(|part| !part.is_empty());
+    let is_cursor = |part: &str| percent_decode_str(part.split('=').next().unwrap_or_default()).eq(CURSOR.bytes());
     let mut link = format!("<{}?", uri.path());
-    for (part, _) in parts.zip(pairs).filter(|(_, (name, _))| name != CURSOR) {
+    for part in parts.filter(|part| !is_cursor(part)) {
         link.push_str(part);
         link.push('&');
     }
@@ -300,13 +282,16 @@ fn next_link(uri: &Uri, pairs: &[(String, String)], end: Place) -> String {
 
 #[cfg(test)]
 mod tests {
+    use axum::extract::Query;
     use proptest::prelude::*;
 
     use super::*;
 
     fn asked(query: &str) -> Result<Asked, Vec<Violation>> {
-        let Query(pairs): Query<Vec<_>> = Query::try_from_uri(&format!("/orders?{query}").parse().unwrap()).unwrap();
-        Asked::parse(&pairs, true).map_err(|problem| match problem {
+        let uri = format!("/orders?{query}").parse().unwrap();
+        let (Query(OfAll { user_id }), Query(query)) =
+            (Query::try_from_uri(&uri).unwrap(), Query::try_from_uri(&uri).unwrap());
+        Asked::parse(user_id, query).map_err(|problem| match problem {
             Problem::Invalid(violations) => violations,
             other => panic!("{other:?}"),
         })
@@ -319,12 +304,8 @@ mod tests {
             ("limit=201", "/limit", "from 1 to 200"),
             ("limit=-1", "/limit", "from 1 to 200"),
             ("limit=ten", "/limit", "from 1 to 200"),
-            ("limit=5&limit=5", "/limit", "twice"),
             ("status=", "/status", "empty"),
             ("status", "/status", "empty"),
-            ("sort=asc", "/sort", "known are user_id, status"),
-            ("a/b~=1", "/a~1b~0", "not known"),
-            ("=1", "/", "not known"),
             ("created_from=yesterday", "/created_from", "RFC 3339"),
             ("created_to=2026-01-31", "/created_to", "RFC 3339"),
             ("created_to=2026-01-31T12:00:00+01:00", "/created_to", "%2B"),
@@ -336,7 +317,7 @@ mod tests {
             let found = violations.iter().any(|one| one.pointer == pointer && one.reason.contains(says));
             assert!(found, "{query}: {violations:?}");
         }
-        assert_eq!(asked("limit=0&cursor=x&a=b").unwrap_err().len(), 3);
+        assert_eq!(asked("limit=0&cursor=x&user_id=").unwrap_err().len(), 3);
     }
 
     #[test]
@@ -350,10 +331,9 @@ mod tests {
 
     #[test]
     fn the_next_page_is_asked_for_as_this_one_was() {
-        let uri: Uri = "/users/%C3%A4/orders?&status=in%20transit&cursor=old&limit=3".parse().unwrap();
-        let Query(pairs) = Query::<Vec<(String, String)>>::try_from_uri(&uri).unwrap();
+        let uri: Uri = "/users/%C3%A4/orders?&status=in%20transit&%63ursor=old&limit=3".parse().unwrap();
         let end = Place { created_at: time(1), order_id: Uuid::nil() };
-        let link = next_link(&uri, &pairs, end);
+        let link = next_link(&uri, end);
         let next = format!("</users/%C3%A4/orders?status=in%20transit&limit=3&cursor={}>; rel=\"next\"", encode(end));
         assert_eq!(link, next);
     }

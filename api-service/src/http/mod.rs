@@ -12,6 +12,7 @@ mod operations;
 pub(crate) mod orders;
 mod pages;
 pub(crate) mod prefer;
+mod query;
 pub(crate) mod reads;
 mod retail;
 mod status;
@@ -23,6 +24,7 @@ use axum::{
     Router,
     extract::Request,
     http::{Extensions, HeaderMap},
+    middleware::from_fn_with_state,
     response::{IntoResponse as _, Redirect, Response},
     routing::get,
 };
@@ -49,7 +51,7 @@ use openapi::Document;
 pub(crate) use retail::Retail;
 
 /// A body that has not arrived by then is not waited for.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the handlers need; cloned for each request, so it is one pointer.
 pub(crate) type App = Arc<AppState>;
@@ -87,8 +89,16 @@ fn is_open(path: &str) -> bool {
 /// router, each would be boxed and copied by itself, which took 6 µs of every order.
 pub(crate) fn service(app: App) -> impl server::App {
     let cors = headers::cors(&app.origins);
-    let router = router(app.clone());
-    let answered = tower::service_fn(move |request| answer(app.clone(), router.clone(), request));
+    let (router, document) = documented();
+    let parameters = Arc::new(query::Parameters::of(&document));
+    let router = complete(router, &document);
+    // Most requests have no query, and are spared the layer that looks at it.
+    let queried = router.clone().route_layer(from_fn_with_state(parameters, query::check)).with_state(app.clone());
+    let router = router.with_state(app.clone());
+    let answered = tower::service_fn(move |request: Request| {
+        let router = if request.uri().query().is_some() { &queried } else { &router };
+        answer(app.clone(), router.clone(), request)
+    });
     ServiceBuilder::new().option_layer(cors).service(answered)
 }
 
@@ -112,17 +122,16 @@ fn documented() -> (Router<App>, utoipa::openapi::OpenApi) {
         .split_for_parts()
 }
 
-fn router(app: App) -> Router {
-    let (router, document) = documented();
-    let document = openapi::Sent::new(&document);
+/// With the document itself, and what is said where there is nothing.
+fn complete(router: Router<App>, document: &utoipa::openapi::OpenApi) -> Router<App> {
+    let document = openapi::Sent::new(document);
     router
         .route("/openapi.json", get(async move || document))
         .route("/docs", get(async || Redirect::permanent("docs/")))
         .route("/docs/", get(pages::index))
         .route("/docs/{*file}", get(pages::file))
-        .fallback(|| async { Problem::UnknownRoute })
+        .fallback(|| async { Problem::UnknownRoute("/openapi.json names the routes that there are") })
         .method_not_allowed_fallback(|| async { Problem::MethodNotAllowed })
-        .with_state(app)
 }
 
 /// Answers whoever may ask, and says with every answer what is said with every answer.

@@ -303,8 +303,9 @@ pub(super) struct Conditions {
     /// The same request with the same key is done once, and told again
     #[param(rename = "Idempotency-Key", nullable = false, pattern = r"^[ -~]{1,255}$")]
     idempotency_key: Option<String>,
-    /// The `ETag` of an order: it is changed only while it is still that
-    #[param(rename = "If-Match", nullable = false, pattern = r#"^"[0-9]{1,18}"$"#, example = "\"2\"")]
+    /// The `ETag` of an order: it is changed only while it is still that. A tag that a proxy has made weak, or put a coding
+    /// behind (`W/"2"`, `"2-gzip"`), is as good
+    #[param(rename = "If-Match", nullable = false, pattern = r#"^(W/)?"[0-9]{1,18}"$"#, example = "\"2\"")]
     if_match: Option<String>,
 }
 
@@ -316,8 +317,9 @@ pub(super) struct Moves {
     /// The same request with the same key is done once, and told again
     #[param(rename = "Idempotency-Key", nullable = false, pattern = r"^[ -~]{1,255}$")]
     idempotency_key: Option<String>,
-    /// The `ETag` of the order: it is moved only while it is still that
-    #[param(rename = "If-Match", nullable = false, pattern = r#"^"[0-9]{1,18}"$"#, example = "\"2\"")]
+    /// The `ETag` of the order: it is moved only while it is still that. A tag that a proxy has made weak, or put a coding
+    /// behind (`W/"2"`, `"2-gzip"`), is as good
+    #[param(rename = "If-Match", nullable = false, pattern = r#"^(W/)?"[0-9]{1,18}"$"#, example = "\"2\"")]
     if_match: Option<String>,
 }
 

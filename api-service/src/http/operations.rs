@@ -11,6 +11,8 @@ use super::{App, openapi::ProblemDetails};
 use crate::error::Problem;
 
 /// Is the process alive?
+///
+/// Query parameters are passed over, here and at /ready and /metrics: some load balancers add their own.
 #[utoipa::path(
     get, path = "/health", tag = "operation", security(()),
     responses((status = 200, description = "It is", body = Wellbeing))

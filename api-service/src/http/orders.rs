@@ -111,6 +111,9 @@ pub(crate) struct WholeBody {
     pub room: Option<OwnedSemaphorePermit>,
 }
 
+pub(super) const CODED: Problem =
+    Problem::ContentType("leave Content-Encoding out: bodies are taken as they are, not compressed");
+
 /// Is the body compressed, or whatever else it would have to be freed of first?
 pub(super) fn is_coded(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_ENCODING).is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
@@ -118,14 +121,14 @@ pub(super) fn is_coded(headers: &HeaderMap) -> bool {
 
 pub(super) fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     if is_coded(headers) {
-        return Err(Problem::ContentType);
+        return Err(CODED);
     }
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
     let essence = value.to_str().ok().and_then(|value| value.split(';').next()).map(|e| e.trim().to_ascii_lowercase());
     match essence.as_deref() {
         Some("application/json") => Ok(()),
         Some(other) if other.starts_with("application/") && other.ends_with("+json") => Ok(()),
-        _ => Err(Problem::ContentType),
+        _ => Err(Problem::ContentType("Content-Type must be application/json")),
     }
 }
 

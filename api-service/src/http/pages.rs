@@ -48,7 +48,7 @@ pub(super) async fn file(Path(name): Path<String>) -> Response {
 
 fn send(name: &str) -> Response {
     let Some((_, kind, bytes)) = FILES.into_iter().find(|(file, ..)| *file == name) else {
-        return Problem::UnknownRoute.into_response();
+        return Problem::UnknownRoute("the pages begin at /docs/").into_response();
     };
     ([(header::CONTENT_TYPE, HeaderValue::from_static(kind)), (header::CONTENT_SECURITY_POLICY, POLICY)], bytes)
         .into_response()

@@ -2,16 +2,20 @@
 
 use axum::{
     Extension,
-    extract::{Path, Query, State, rejection::PathRejection, rejection::QueryRejection},
+    extract::{Path, State, rejection::PathRejection},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
 use shared::{message::AckStatus, order::Violation};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::{App, openapi};
+use super::{
+    App,
+    conditions::{NoTags, Tags},
+    openapi, query,
+};
 use crate::{
     error::Problem,
     identity::Caller,
@@ -41,8 +45,11 @@ pub(super) async fn order(
     Ok(render(&find(&app, &caller, &text(path)?).await?, &headers))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ByExternal {
+    /// Whose order it is; by default the caller's
+    #[param(nullable = false, min_length = 1)]
     user_id: Option<String>,
 }
 
@@ -51,7 +58,7 @@ pub(super) struct ByExternal {
     get, path = "/orders/by-external/{external_id}", tag = "orders",
     params(
         ("external_id" = String, Path),
-        ("user_id" = Option<String>, Query, description = "Whose order it is; by default the caller's"),
+        ByExternal,
         ("If-None-Match" = Option<String>, Header, description = "The `ETag` that the caller has already"),
     ),
     responses(
@@ -64,11 +71,10 @@ pub(super) async fn by_external(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
-    query: Result<Query<ByExternal>, QueryRejection>,
+    query::Asked(query): query::Asked<ByExternal>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let external_id = text(path)?;
-    let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
     Ok(render(&find_by_external(&app, &caller, query.user_id.as_deref(), &external_id).await?, &headers))
 }
 
@@ -135,7 +141,8 @@ pub(super) async fn request(
     path: Result<Path<(String, String)>, PathRejection>,
 ) -> Result<Response, Problem> {
     let Path((order_id, correlation_id)) = path.map_err(|error| Problem::Malformed(error.body_text()))?;
-    let correlation_id = uuid(&correlation_id, "the correlation id")?;
+    let correlation_id = Uuid::try_parse(&correlation_id)
+        .map_err(|_| Problem::Malformed("the correlation id is not a UUID".to_owned()))?;
     let order = visible_order(&app, &caller, Ok(Path(order_id))).await?;
     let found = read::request(&app.orders.db, order.order_id, correlation_id).await?;
     let found = found.ok_or(Problem::UnknownRequest)?;
@@ -169,14 +176,13 @@ pub(super) async fn visible_order(
     caller: &Caller,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Order, Problem> {
-    let order_id = uuid(&text(path)?, "the order id")?;
-    seen(caller, app.orders.order(order_id).await?)
+    seen(caller, app.orders.order(order_id(&text(path)?)?).await?)
 }
 
 /// The order of this id, if there is one and the caller may see it; perhaps as it was kept a moment
 /// ago.
 pub(crate) async fn find(app: &App, caller: &Caller, order_id: &str) -> Result<Order, Problem> {
-    let order_id = uuid(order_id, "the order id")?;
+    let order_id = self::order_id(order_id)?;
     let Orders { cache, db, .. } = &app.orders;
     seen(caller, read::order_kept(cache, db, order_id).await?)
 }
@@ -189,25 +195,29 @@ pub(super) fn text(path: Result<Path<String>, PathRejection>) -> Result<String, 
     path.map(|Path(text)| text).map_err(|error| Problem::Malformed(error.body_text()))
 }
 
-fn uuid(text: &str, what: &str) -> Result<Uuid, Problem> {
-    Uuid::try_parse(text).map_err(|_| Problem::Malformed(format!("{what} is not a UUID")))
+fn order_id(text: &str) -> Result<Uuid, Problem> {
+    Uuid::try_parse(text).map_err(|_| {
+        let reason = "the order id is not a UUID; by the marketplace's own id an order is at \
+                      /orders/by-external/{external_id}?user_id=";
+        Problem::Malformed(reason.to_owned())
+    })
 }
 
 fn render(order: &Order, headers: &HeaderMap) -> Response {
     let etag = etag(order.version);
-    if is_known(headers, &etag) {
+    if is_known(headers, order.version) {
         return (StatusCode::NOT_MODIFIED, [(header::ETAG, etag)]).into_response();
     }
     ([(header::ETAG, etag)], json(order)).into_response()
 }
 
-/// Does the caller have it already? `If-None-Match` compares weakly (RFC 9110, section 13.1.2).
-fn is_known(headers: &HeaderMap, etag: &HeaderValue) -> bool {
-    let lists = headers.get_all(header::IF_NONE_MATCH).iter();
-    lists.flat_map(|list| list.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii).any(|tag| {
-        let tag = tag.strip_prefix(b"W/").unwrap_or(tag);
-        tag == b"*" || tag == etag.as_bytes()
-    })
+/// Does the caller have it already? A list that makes no sense says nothing.
+fn is_known(headers: &HeaderMap, version: i64) -> bool {
+    match Tags::of(headers, header::IF_NONE_MATCH) {
+        Ok(Some(Tags::Any)) => true,
+        Ok(Some(Tags::Versions(versions))) => versions.contains(&version),
+        Ok(None) | Err(NoTags) => false,
+    }
 }
 
 /// A strong entity tag (RFC 9110, section 8.8.3).
@@ -225,15 +235,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_caller_has_already_is_compared_weakly() {
+    fn what_a_caller_has_already_is_known_by_its_version() {
         let known = |values: &[&'static str]| {
             let mut headers = HeaderMap::new();
             for value in values {
                 headers.append(header::IF_NONE_MATCH, HeaderValue::from_static(value));
             }
-            is_known(&headers, &etag(7))
+            is_known(&headers, 7)
         };
-        for values in [&["\"7\""][..], &["W/\"7\""], &["*"], &["\"6\" , W/\"7\""], &["\"6\"", "\"7\""]] {
+        for values in [&["\"7\""][..], &["W/\"7\""], &["*"], &["\"6\" , W/\"7\""], &["\"6\"", "\"7\""], &["\"7-gzip\""]]
+        {
             assert!(known(values), "{values:?}");
         }
         for values in [&[][..], &["\"6\""], &["7"], &["\"77\""], &["w/\"7\""], &[""]] {

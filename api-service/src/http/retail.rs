@@ -3,7 +3,7 @@
 
 use axum::{
     Extension,
-    extract::{Path, Query, Request, State, rejection::PathRejection, rejection::QueryRejection},
+    extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, HeaderName, HeaderValue, header},
     response::{IntoResponse, Response},
 };
@@ -22,9 +22,11 @@ use uuid::Uuid;
 
 use super::{
     App,
+    lists::Check,
     openapi::{self, Amount, RetailOrderRequest, Time},
     orders::{answer_with, check_content_type, conditions, read_body},
     prefer::PREFERENCE_APPLIED,
+    query,
     reads::{etag, find, json, text},
     status,
 };
@@ -35,7 +37,7 @@ use crate::{
     prices::Prices,
     request::Defaults,
     store::{
-        pages::{self, Page},
+        pages::{self, Filter, Page},
         read::Order,
     },
     unpriced,
@@ -253,24 +255,24 @@ fn moved(done: &Done, message: &'static str) -> Response {
 /// Orders, newest first, by pages
 #[utoipa::path(
     get, path = "/orders", tag = "retail",
-    params(Asked),
+    params(OfAll, Asked),
     responses(
         (status = 200, description = "A page", body = Success<Vec<RetailOrder>>),
-        openapi::RetailMalformed, openapi::RetailBadQuery, openapi::RetailRefused,
+        openapi::RetailMalformed, openapi::RetailNotFound, openapi::RetailBadQuery, openapi::RetailRefused,
     )
 )]
 async fn list(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
-    query: Result<Query<Asked>, QueryRejection>,
+    query::Asked(OfAll { user_id }): query::Asked<OfAll>,
+    query::Asked(asked): query::Asked<Asked>,
 ) -> Result<Response, Problem> {
-    match caller.only() {
-        Some(user_id) => users_page(&app, user_id, query).await,
-        None => {
-            let turned = Turned::to(query, pages::DEPTH_OF_ALL)?;
-            Ok(turned.render(pages::of_all(&app.orders.db, turned.size, turned.offset()).await?))
-        }
+    let (turned, filter) = Turned::to(user_id, asked)?;
+    if filter.user_id.as_deref().is_some_and(|user_id| !caller.sees(user_id)) {
+        return Err(Problem::UnknownOrder);
     }
+    let user_id = filter.user_id.or_else(|| caller.only().map(ToOwned::to_owned));
+    page(&app, turned, Filter { user_id, ..filter }).await
 }
 
 /// Orders of one user, newest first, by pages
@@ -286,25 +288,26 @@ async fn of_user(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
-    query: Result<Query<Asked>, QueryRejection>,
+    query::Asked(asked): query::Asked<Asked>,
 ) -> Result<Response, Problem> {
     let user_id = text(path)?;
     if !caller.sees(&user_id) || user_id.contains('\0') {
         return Err(Problem::UnknownOrder);
     }
-    users_page(&app, &user_id, query).await
+    let (turned, filter) = Turned::to(Some(user_id), asked)?;
+    page(&app, turned, filter).await
 }
 
-async fn users_page(
-    app: &App,
-    user_id: &str,
-    query: Result<Query<Asked>, QueryRejection>,
-) -> Result<Response, Problem> {
-    let turned = Turned::to(query, pages::DEPTH_OF_USER)?;
-    let page = async { pages::of_user(&app.orders.db, user_id, turned.size, turned.offset()).await.map(Some) };
-    let page = match turned {
-        Turned::FIRST => {
-            let is_theirs = |page: &pages::Page| page.orders.iter().all(|order| order.user_id == *user_id);
+async fn page(app: &App, turned: Turned, filter: Filter) -> Result<Response, Problem> {
+    // PostgreSQL's text cannot hold it, so no order has it.
+    if [&filter.user_id, &filter.status].into_iter().flatten().any(|text| text.contains('\0')) {
+        return Ok(turned.render(Page { orders: Vec::new(), total: 0 }));
+    }
+    let page = async { pages::find(&app.orders.db, &filter, turned.size, turned.offset()).await.map(Some) };
+    let page = match (&filter, turned) {
+        // What is asked for most, and therefore kept.
+        (Filter { user_id: Some(user_id), status: None }, Turned::FIRST) => {
+            let is_theirs = |page: &Page| page.orders.iter().all(|order| order.user_id == *user_id);
             app.orders.cache.through(Key::Page(user_id), is_theirs, page).await?
         }
         _ => page.await?,
@@ -314,11 +317,22 @@ async fn users_page(
 
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
+struct OfAll {
+    /// Those of one user
+    #[param(nullable = false, min_length = 1)]
+    user_id: Option<String>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Asked {
     #[param(value_type = Option<u32>, minimum = 1, default = 1)]
     page: Option<String>,
     #[param(value_type = Option<u32>, minimum = 1, maximum = 100, default = 10)]
     page_size: Option<String>,
+    /// Those in one state
+    #[param(nullable = false, min_length = 1)]
+    status: Option<String>,
 }
 
 /// Which page is turned to.
@@ -329,29 +343,29 @@ struct Turned {
 }
 
 impl Turned {
-    /// What is asked for most, and therefore kept.
     const FIRST: Self = Self { page: 1, size: PAGE_SIZE };
 
-    fn to(query: Result<Query<Asked>, QueryRejection>, depth: i64) -> Result<Self, Problem> {
-        let Query(asked) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
-        let mut violations = Vec::new();
-        let mut number = |name: &str, asked: Option<&str>, default: i64, most: i64| match asked.map(str::parse) {
-            None => default,
-            Some(Ok(number)) if (1..=most).contains(&number) => number,
-            Some(_) => {
-                let most = if most == i64::MAX { " or more".to_owned() } else { format!(" to {most}") };
-                violations.push(Violation::new(format!("/{name}"), format!("must be a whole number from 1{most}")));
-                default
+    /// The page, and of which orders.
+    fn to(user_id: Option<String>, asked: Asked) -> Result<(Self, Filter), Problem> {
+        let number = |most: i64| {
+            move |text: String| match text.parse() {
+                Ok(number) if (1..=most).contains(&number) => Ok(number),
+                _ if most == i64::MAX => Err("must be a whole number from 1 or more".to_owned()),
+                _ => Err(format!("must be a whole number from 1 to {most}")),
             }
         };
-        let page = number("page", asked.page.as_deref(), 1, i64::MAX);
-        let size = number("page_size", asked.page_size.as_deref(), PAGE_SIZE, MAX_PAGE_SIZE);
+        let mut check = Check(Vec::new());
+        let page = check.read("page", asked.page, number(i64::MAX)).unwrap_or(1);
+        let size = check.read("page_size", asked.page_size, number(MAX_PAGE_SIZE)).unwrap_or(PAGE_SIZE);
+        let filter =
+            Filter { user_id: check.read("user_id", user_id, Ok), status: check.read("status", asked.status, Ok) };
+        let (Check(mut violations), depth) = (check, filter.depth());
         if page.saturating_mul(size) > depth {
             let reason =
                 format!("goes beyond the newest {depth} orders; GET /orders goes on from there, by its cursor");
             violations.push(Violation::new("/page", reason));
         }
-        if violations.is_empty() { Ok(Self { page, size }) } else { Err(Problem::Invalid(violations)) }
+        if violations.is_empty() { Ok((Self { page, size }, filter)) } else { Err(Problem::Invalid(violations)) }
     }
 
     fn offset(self) -> i64 {
@@ -465,11 +479,15 @@ impl Serialize for Shown {
 
 #[cfg(test)]
 mod tests {
+    use axum::extract::Query;
+
     use super::*;
 
-    fn turned(query: &str, depth: i64) -> Result<Turned, Vec<String>> {
-        let query = Query::try_from_uri(&format!("/?{query}").parse().unwrap());
-        Turned::to(query, depth).map_err(|problem| match problem {
+    fn turned(query: &str) -> Result<Turned, Vec<String>> {
+        let uri = format!("/?{query}").parse().unwrap();
+        let (Query(OfAll { user_id }), Query(asked)) =
+            (Query::try_from_uri(&uri).unwrap(), Query::try_from_uri(&uri).unwrap());
+        Turned::to(user_id, asked).map(|(turned, _)| turned).map_err(|problem| match problem {
             Problem::Invalid(violations) => violations.into_iter().map(|v| v.pointer).collect(),
             other => panic!("{other:?}"),
         })
@@ -477,15 +495,19 @@ mod tests {
 
     #[test]
     fn pages_are_of_ten_and_go_so_deep() {
-        assert_eq!(turned("", 100), Ok(Turned { page: 1, size: 10 }));
-        assert_eq!(turned("page=10&other=x", 100).unwrap().offset(), 90);
-        assert_eq!(turned("page_size=100", 100).unwrap().offset(), 0);
-        assert_eq!(turned("page=11", 100), Err(vec!["/page".to_owned()]));
-        assert_eq!(turned(&format!("page={}&page_size=100", i64::MAX), 100), Err(vec!["/page".to_owned()]));
+        let refused = |pointer: &str| Err(vec![pointer.to_owned()]);
+        assert_eq!(turned(""), Ok(Turned { page: 1, size: 10 }));
+        assert_eq!(turned("page=1000&status=new").unwrap().offset(), 9_990);
+        assert_eq!(turned("page=1001"), refused("/page"));
+        assert_eq!(turned("page=10000&user_id=u").unwrap().offset(), 99_990);
+        assert_eq!(turned("page=10001&user_id=u"), refused("/page"));
+        assert_eq!(turned("page_size=100").unwrap().offset(), 0);
+        assert_eq!(turned(&format!("page={}&page_size=100", i64::MAX)), refused("/page"));
         for bad in ["0", "-1", "1.5", "x", "", "9223372036854775808"] {
-            assert_eq!(turned(&format!("page={bad}"), 100), Err(vec!["/page".to_owned()]), "{bad}");
-            assert_eq!(turned(&format!("page_size={bad}"), 100), Err(vec!["/page_size".to_owned()]), "{bad}");
+            assert_eq!(turned(&format!("page={bad}")), refused("/page"), "{bad}");
+            assert_eq!(turned(&format!("page_size={bad}")), refused("/page_size"), "{bad}");
         }
-        assert_eq!(turned("page_size=101", 1_000), Err(vec!["/page_size".to_owned()]));
+        assert_eq!(turned("page_size=101"), refused("/page_size"));
+        assert_eq!(turned("status=&user_id="), Err(vec!["/user_id".to_owned(), "/status".to_owned()]));
     }
 }

@@ -88,6 +88,9 @@ pub(super) async fn set_status(
     let (parts, body) = request.into_parts();
     check_content_type(&parts.headers)?;
     let body = read_body(&parts.headers, body, app.max_body_bytes, &app.body_room).await?;
+    if body.bytes.trim_ascii().is_empty() {
+        return Err(Problem::Malformed("there is no body: send {\"status\": \"…\"}".to_owned()));
+    }
     let is_list = body.bytes.trim_ascii_start().starts_with(b"[");
     let status = serde_json::from_slice(&body.bytes).and_then(|NewStatus { status }| {
         // serde reads a struct from a list, too.

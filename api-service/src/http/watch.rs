@@ -5,7 +5,7 @@ use std::{convert::Infallible, time::Duration};
 use axum::{
     Extension,
     body::Body,
-    extract::{Path, Query, State, rejection::PathRejection, rejection::QueryRejection},
+    extract::{Path, State, rejection::PathRejection},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -14,8 +14,9 @@ use futures_util::stream;
 use serde::Deserialize;
 use shared::order::Violation;
 use tokio::time::timeout;
+use utoipa::IntoParams;
 
-use super::{App, openapi, reads::visible_order};
+use super::{App, openapi, query, reads::visible_order};
 use crate::{error::Problem, identity::Caller, watch::Watch};
 
 /// A sign of life for proxies and clients that give up on what is silent.
@@ -26,9 +27,11 @@ const SIGN_OF_LIFE: Bytes = Bytes::from_static(b":\n\n");
 /// before it comes back.
 const GREETING: Bytes = Bytes::from_static(b"retry: 1000\n\n");
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Since {
-    /// For tools that cannot set the header.
+    /// As `Last-Event-ID`, for tools that cannot set the header
+    #[param(value_type = Option<i64>, nullable = false, minimum = 0)]
     last_event_id: Option<String>,
 }
 
@@ -40,7 +43,7 @@ pub(super) struct Since {
     params(
         ("order_id" = Uuid, Path),
         ("Last-Event-ID" = Option<i64>, Header, nullable = false, minimum = 0, description = "Begin behind this version"),
-        ("last_event_id" = Option<i64>, Query, nullable = false, minimum = 0, description = "The same, for tools that cannot set the header"),
+        Since,
     ),
     responses(
         (status = 200, description = "Events", body = openapi::WatchEvent, content_type = "text/event-stream"),
@@ -52,14 +55,13 @@ pub(super) async fn watch(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     path: Result<Path<String>, PathRejection>,
-    query: Result<Query<Since>, QueryRejection>,
+    query::Asked(query): query::Asked<Since>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|error| Problem::Malformed(error.body_text()))?;
     // The header comes from a client that has come back, to the same URL as before.
     let last = headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-    let known = |text: Option<String>| text.map(|text| version(&text)).transpose();
-    let (last, asked) = (known(last)?, known(query.last_event_id)?);
+    let known = |text: Option<String>, name: &str| text.map(|text| version(&text, name)).transpose();
+    let (last, asked) = (known(last, "the header Last-Event-ID ")?, known(query.last_event_id, "")?);
     let last = last.or(asked);
     let order = visible_order(&app, &caller, path).await?;
     if last.is_some_and(|last| last >= order.version) && app.watchers.is_final(&order.lifecycle, &order.status) {
@@ -77,10 +79,11 @@ pub(super) async fn watch(
     Ok((headers, Body::from_stream(events(watch))).into_response())
 }
 
-fn version(text: &str) -> Result<i64, Problem> {
+fn version(text: &str, name: &str) -> Result<i64, Problem> {
     let version = text.trim().parse().ok().filter(|version: &i64| *version >= 0);
     version.ok_or_else(|| {
-        let reason = "must be the id of an event, as it was sent: a version of the order, or 0 for all of them";
+        let reason =
+            format!("{name}must be the id of an event, as it was sent: a version of the order, or 0 for all of them");
         Problem::Invalid(vec![Violation::new("/last_event_id", reason)])
     })
 }

@@ -82,7 +82,8 @@ impl Tokens {
 
     /// The claims of a token that one of the keys has signed and that is good now.
     pub(crate) fn verify(&self, token: &str) -> Result<Claims, &'static str> {
-        let header = decode_header(token).map_err(|_| "the token is none that is taken here")?;
+        let header = decode_header(token)
+            .map_err(|_| "the token is no signed JWT, or of an algorithm that is not known here")?;
         // Something that must be understood (RFC 7515, section 4.1.11), and we understand no such thing.
         if header.crit.is_some() {
             return Err("the token asks for an extension that is not known here (crit)");

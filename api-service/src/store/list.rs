@@ -132,7 +132,7 @@ mod tests {
     use test_support::{TestDb, beside_others};
 
     use super::*;
-    use crate::store::{read, watch};
+    use crate::store::{pages, read, watch};
 
     #[derive(Parser)]
     struct Settings {
@@ -231,9 +231,31 @@ mod tests {
             for (sql, params, scans) in &statements {
                 let plan = plan(&connection, "", sql, params).await;
                 for scan in scans {
-                    assert!(plan.contains(scan), "no {scan} with {rows} rows: {plan}");
+                    assert!(plan.contains(scan), "no {scan} with {rows} rows: {sql}\n{plan}");
                 }
-                assert!(!plan.contains("Sort  ") && !plan.contains("Seq Scan"), "{plan}");
+                assert!(!plan.contains("Sort  ") && !plan.contains("Seq Scan"), "{sql} with {rows} rows: {plan}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    #[ignore = "needs PostgreSQL"]
+    async fn pages_of_one_state_sort_nothing_whatever_the_state() {
+        let _turn = beside_others().await;
+        let test_db = TestDb::new().await;
+        let db = migrated(&test_db).await;
+        fill(&test_db, 20_000, 1).await;
+        test_db.execute("analyze orders, order_states").await;
+        let connection = db.connection().await.unwrap();
+        for plans in ["force_custom_plan", "force_generic_plan"] {
+            connection.client().batch_execute(&format!("set plan_cache_mode = {plans}")).await.unwrap();
+            for state in ["done", "rejected"] {
+                let of_page = plan(&connection, "", pages::OF_STATUS.0, &format!("10, 90, '{state}'")).await;
+                let of_total = plan(&connection, "", pages::OF_STATUS.1, &format!("10000, '{state}'")).await;
+                for plan in [of_page, of_total] {
+                    assert!(plan.contains("Only Scan") && !plan.contains("Sort  "), "{state}, {plans}: {plan}");
+                    assert!(!plan.contains("Seq Scan"), "{state}, {plans}: {plan}");
+                }
             }
         }
     }

@@ -310,6 +310,51 @@ async fn wrong_methods_types_and_headers_get_their_documented_answers() {
         post(&[("content-type", JSON), ("x-user-id", "another")]).await.expect_status(422).problem(),
         "validation"
     );
+    // What the caller can change is named.
+    let nobody = "01890a5d-ac96-774b-bcce-b302099a8057";
+    let watched = http.post_order_async(&order("user")).await.expect_status(201).text("order_id");
+    for (method, path, headers, body, status, named) in [
+        (
+            Method::POST,
+            "/orders",
+            &[("content-type", "text/plain")][..],
+            "{}",
+            415,
+            "Content-Type must be application/json",
+        ),
+        (Method::POST, "/orders", &[("content-encoding", "gzip")], "{}", 415, "leave Content-Encoding out"),
+        (Method::POST, "/orders/bulk", &[("content-type", JSON)], "{}", 415, "must be application/x-ndjson"),
+        (Method::POST, "/orders/bulk", &[("content-encoding", "br")], "{}", 415, "leave Content-Encoding out"),
+        (Method::POST, "/orders", &[], "", 400, "there is no body"),
+        (Method::POST, "/api/orders", &[], " ", 400, "there is no body"),
+        (Method::PUT, &format!("/orders/{nobody}/status"), &[], "", 400, "send {\"status\": \"…\"}"),
+        (Method::POST, "/orders", &[("if-match", "*")], r#"{"user_id":"u"}"#, 412, "leave If-Match out"),
+        (Method::GET, "/orders/market-1", &[], "", 400, "/orders/by-external/"),
+        (Method::GET, &format!("/orders/{nobody}"), &[], "", 404, "X-User-Id"),
+        (Method::DELETE, "/orders", &[], "", 405, "Allow"),
+        (Method::GET, "/order", &[], "", 404, "/openapi.json"),
+        (
+            Method::GET,
+            &format!("/orders/{watched}/watch"),
+            &[("last-event-id", "x")],
+            "",
+            422,
+            "the header Last-Event-ID",
+        ),
+        (
+            Method::POST,
+            "/orders",
+            &[],
+            &format!(r#"{{"order_id":"{watched}","external_id":"e"}}"#),
+            422,
+            "/external_id is fixed at creation: the order has none",
+        ),
+    ] {
+        let reply = http.send(method.clone(), path, headers, body.to_owned().into()).await.expect("an answer");
+        assert_eq!(reply.status, status, "{method} {path}: {}", reply.summary());
+        let said = if path.starts_with("/api") { "message" } else { "detail" };
+        assert!(reply.text(said).contains(named), "{method} {path}: {}", reply.summary());
+    }
     // Bare bytes can only be JSON here.
     post(&[("prefer", "respond-async")]).await.expect_status(201);
     // What is no error: RFC 7240 lets an unknown or broken preference pass.

@@ -397,11 +397,16 @@ async fn a_hostile_body_is_answered_and_harms_nobody() {
     assert!(api.memory_kib() < before + 64 * 1024, "{before} KiB, then {} KiB", api.memory_kib());
 
     // Nothing, and nothing but blank lines.
-    for empty in ["", "\n\r\n \n"] {
-        let (status, answer) = bulk(http, "", empty).await;
+    for query in ["", "?policy=reject-all"] {
+        let reply = post(http, query, &[("content-type", NDJSON)], "").await.expect_status(400);
+        assert!(reply.text("detail").contains("there is no body"), "{}", reply.summary());
+        let (status, answer) = bulk(http, query, "\n\r\n \n").await;
         let (answers, summary) = split(answer);
         assert_eq!((status, answers.len(), &summary["lines"], &summary["complete"]), (200, 0, &json!(0), &json!(true)));
     }
+    let mut upload = Upload::begin(http).await;
+    upload.end().await;
+    upload.receive_until("there is no body").await;
 
     // A byte at a time.
     let mut upload = Upload::begin(http).await;

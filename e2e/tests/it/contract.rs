@@ -99,7 +99,7 @@ impl Document {
         assert_eq!(reply.status, status, "{}: {}", row.told(), reply.summary());
         let route = self.route_of(row).expect("a route of the document");
         self.check_reply(&row.method.to_lowercase(), route, reply);
-        check_kind(row.path, kind, reply);
+        check_kind(&row.path, kind, reply);
         check_guards(reply);
     }
 }
@@ -157,7 +157,7 @@ fn check(row: &Row, names: &Names, reply: &Reply) {
     let told = || format!("{}: {}", row.told(), reply.summary());
     assert_eq!(reply.status, row.status, "{}", told());
     match row.kind {
-        Some(kind) => check_kind(row.path, kind, reply),
+        Some(kind) => check_kind(&row.path, kind, reply),
         // A refusal of many lines says it in each.
         None => {
             assert!(reply.status < 400 || reply.header("content-type") == Some("application/x-ndjson"), "{}", told())
@@ -271,6 +271,33 @@ async fn who_is_nobody_or_asks_too_often_or_wrongly_is_told_so_on_every_route() 
     }
 
     let api = system.api().await;
+    for row in document.samples(400).0 {
+        let (path, method) = (document.route_of(&row).expect("a route"), row.method.to_lowercase());
+        let parameters = document.0["paths"][path][&method]["parameters"].as_array().cloned().unwrap_or_default();
+        let parameters = parameters.iter().filter(|parameter| parameter["in"] == "query");
+        let mut refused = vec!["surprise=1".to_owned(), "=".to_owned()];
+        refused.extend(parameters.map(|parameter| {
+            let name = parameter["name"].as_str().expect("a name");
+            format!("{name}=1&{name}=1")
+        }));
+        for query in refused {
+            let reply = row.asking(&query).send(api.http(), &names).await;
+            document.check_refusal(&row, &reply, 400, "malformed");
+            let name = query.split('=').next().unwrap_or_default();
+            let named = reply.json()["errors"][0]["pointer"] == format!("/{name}");
+            assert!(named, "{} ?{query}: {}", row.told(), reply.summary());
+        }
+    }
+    for path in ["/openapi.json", "/docs", "/docs/"] {
+        let reply = api.http().get(&format!("{path}?surprise=1")).await.expect_status(400);
+        assert!(reply.text("detail").contains("takes none"), "{path}: {}", reply.summary());
+    }
+    // Load balancers add parameters of their own.
+    for path in ["/health", "/ready", "/metrics"] {
+        api.http().get(&format!("{path}?surprise=1&surprise=2")).await.expect_status(200);
+    }
+    api.http().get("/nowhere?surprise=1").await.expect_status(404);
+
     let beside = BESIDE_IT.map(|path| (path.to_owned(), vec!["GET".to_owned()]));
     for (path, methods) in document.paths().map(|(path, methods)| (path.clone(), methods)).chain(beside) {
         let asked = names.fill_path(&path);
@@ -332,7 +359,7 @@ async fn a_body_that_does_not_come_is_not_waited_for_on_any_route() {
 
 /// Announces a body and sends none.
 async fn answer_without_a_body(http: &HttpClient, row: &Row) -> Reply {
-    let (path, kind) = (Names::default().fill_path(row.path), row.content_type());
+    let (path, kind) = (Names::default().fill_path(&row.path), row.content_type());
     let head = format!(
         "{} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: {kind}\r\ncontent-length: 2\r\n\r\n",
         row.method

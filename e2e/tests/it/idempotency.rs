@@ -267,12 +267,22 @@ async fn a_stale_if_match_stops_every_change() {
         .expect_status(412);
     send(&api, Method::POST, &format!("{path}/cancel"), &Value::Null, &stale).await.expect_status(412);
     post(api.http(), &order("a"), &[("if-match", "*")]).await.expect_status(412);
-    post(api.http(), &delete, &[("if-match", "2")]).await.expect_status(400);
+    for none in ["2", "\"of another\"", "\"2-other\"", "W/\"\""] {
+        let refused = post(api.http(), &delete, &[("if-match", none)]).await.expect_status(400);
+        assert!(refused.text("detail").starts_with("If-Match holds no version"), "{none}: {}", refused.summary());
+    }
     assert_eq!(api.http().get_order(&id).await["version"], 2);
 
-    // The ETag of the order as it is, one of several, or any.
-    let etag = api.http().get(&path).await.expect_status(200).header("etag").expect("an ETag").to_owned();
+    // The ETag of the order as it is, also as proxies that compress hand it on; one of several, or any.
     let update = json!({ "order_id": id, "notes": "n" });
+    let etag = async || api.http().get(&path).await.expect_status(200).header("etag").expect("an ETag").to_owned();
+    for proxy in ["W/\"…\"", "\"…-gzip\"", "W/\"…-br\"", "\"…--gzip\"", "\"…;gzip\""] {
+        let tag = proxy.replace('…', etag().await.trim_matches('"'));
+        post(api.http(), &update, &[("if-match", &tag)]).await.expect_status(200);
+        let stale = post(api.http(), &update, &[("if-match", &tag)]).await.expect_status(412);
+        assert!(stale.text("detail").contains("read it again"), "{tag}: {}", stale.summary());
+    }
+    let etag = etag().await;
     post(api.http(), &update, &[("if-match", &format!("\"77\", {etag}"))]).await.expect_status(200);
     post(api.http(), &delete, &[("if-match", "*")]).await.expect_status(200);
     assert_eq!(orders_stored(&system).await, 1);

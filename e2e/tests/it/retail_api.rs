@@ -277,6 +277,10 @@ async fn whatever_is_refused_is_said_in_the_envelope_with_the_usual_status() {
         (Method::GET, "/api/orders?page=0", Value::Null, 422, "/page must be"),
         (Method::GET, "/api/orders?page=x&page_size=101", Value::Null, 422, "/page_size must be"),
         (Method::GET, "/api/orders?page=1001", Value::Null, 422, "GET /orders"),
+        (Method::GET, "/api/orders?status=", Value::Null, 422, "/status is empty"),
+        (Method::GET, "/api/orders?limit=1", Value::Null, 400, "/limit is not a parameter"),
+        (Method::GET, "/api/orders?page=1&page=1", Value::Null, 400, "/page is given twice"),
+        (Method::GET, &format!("{one}?fields=id"), Value::Null, 400, "/fields is not a parameter"),
         (Method::GET, "/api/users/user/orders?page=10001", Value::Null, 422, "GET /orders"),
     ] {
         let reply = send(http, method.clone(), path, &body, &[]).await;
@@ -343,6 +347,32 @@ async fn pages_show_newest_first_and_each_user_its_own() {
         assert_eq!(seen, own, "{path}");
     }
 
+    // In one state, of everybody and of one user, who may be named in the query as well.
+    for (_, id) in ids.iter().filter(|(user, _)| *user == "user").take(3) {
+        let path = format!("/api/orders/{}/cancel", id.as_str().expect("an id"));
+        send(http, Method::POST, &path, &Value::Null, &[]).await.expect_status(200);
+    }
+    let cancelled = of("user")[..3].to_vec();
+    for (path, own, total) in [
+        ("/api/orders?status=cancelled", cancelled.clone(), 3),
+        ("/api/orders?status=cancelled&page_size=2&page=2", cancelled[2..].to_vec(), 3),
+        (
+            "/api/orders?status=pending&page_size=100",
+            all.iter().filter(|id| !cancelled.contains(id)).cloned().collect(),
+            22,
+        ),
+        ("/api/orders?user_id=user&page_size=100", of("user"), 20),
+        ("/api/orders?user_id=user&status=cancelled", cancelled.clone(), 3),
+        ("/api/orders?user_id=other/one&status=cancelled", vec![], 0),
+        ("/api/users/user/orders?status=cancelled&page_size=1", cancelled[..1].to_vec(), 3),
+        ("/api/orders?status=%00", vec![], 0),
+        ("/api/orders?user_id=a%00", vec![], 0),
+    ] {
+        let page = get(http, path).await.expect_status(200).json();
+        let found: Vec<Value> = ids_of(&page);
+        assert_eq!((found, page["pagination"]["total"].as_i64()), (own, Some(total)), "{path}");
+    }
+
     // Narrowed to one user.
     let narrowed = [("x-user-id", "other/one")];
     let page = send(http, Method::GET, "/api/orders", &Value::Null, &narrowed).await.expect_status(200).json();
@@ -353,6 +383,7 @@ async fn pages_show_newest_first_and_each_user_its_own() {
         (Method::GET, others.clone()),
         (Method::POST, format!("{others}/cancel")),
         (Method::GET, "/api/users/user/orders".to_owned()),
+        (Method::GET, "/api/orders?user_id=user&status=pending".to_owned()),
     ] {
         send(http, method, &path, &Value::Null, &narrowed).await.expect_status(404);
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt as _};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 /// A line that holds something, and its number from 1: empty ones are counted, too.
 #[derive(Debug, PartialEq, Eq)]
@@ -22,6 +22,7 @@ pub(super) enum Cut {
 
 pub(super) struct Lines<S> {
     body: S,
+    first: Option<Line>,
     chunk: Bytes,
     /// What of the current line came with earlier chunks.
     begun: BytesMut,
@@ -38,22 +39,29 @@ where
     /// Lines of at most `limit` bytes, each of which arrives within `patience`: empty ones before it
     /// give it no more time.
     pub(super) fn new(body: S, limit: usize, patience: Duration) -> Self {
-        Self { body, chunk: Bytes::new(), begun: BytesMut::new(), is_too_long: false, number: 0, limit, patience }
+        Self {
+            body,
+            first: None,
+            chunk: Bytes::new(),
+            begun: BytesMut::new(),
+            is_too_long: false,
+            number: 0,
+            limit,
+            patience,
+        }
     }
 
-    /// Asks for the first bytes of the body, and with that the client to send them
-    /// (`Expect: 100-continue`): what has been answered is not sent.
-    pub(super) async fn begin(&mut self) -> Result<(), Cut> {
-        match timeout(self.patience, self.body.next()).await {
-            Ok(Some(Ok(chunk))) => self.chunk = chunk,
-            Ok(None) => {}
-            Ok(Some(Err(_))) => return Err(Cut::BrokenOff),
-            Err(_) => return Err(Cut::TooSlow),
-        }
-        Ok(())
+    /// Is there a body, be it of blank lines? Waits for the first line, and with that asks a client for it
+    /// that only sends what it is asked for (`Expect: 100-continue`).
+    pub(super) async fn begin(&mut self) -> Result<bool, Cut> {
+        self.first = self.next().await?;
+        Ok(self.number > 0)
     }
 
     pub(super) async fn next(&mut self) -> Result<Option<Line>, Cut> {
+        if let Some(first) = self.first.take() {
+            return Ok(Some(first));
+        }
         let mut deadline = None;
         loop {
             if let Some(end) = self.chunk.iter().position(|byte| *byte == b'\n') {
@@ -161,6 +169,22 @@ mod tests {
         assert_eq!(all(vec![]).await, []);
         assert_eq!(all(vec![b"\n\n\n".to_vec()]).await, []);
         assert_eq!(all(vec![b"123456".to_vec(), b"789".to_vec()]).await, [Line::TooLong(1)]);
+    }
+
+    #[tokio::test]
+    async fn a_first_line_that_was_waited_for_is_not_lost() {
+        let of = |text: &'static [u8]| {
+            let body = stream::iter([Ok::<_, Infallible>(Bytes::from_static(text))]);
+            Lines::new(body, LIMIT, Duration::from_secs(1))
+        };
+        let mut lines = of(b"\n a\nb");
+        assert_eq!(lines.begin().await, Ok(true));
+        let found = [lines.next().await, lines.next().await, lines.next().await].map(Result::unwrap);
+        assert_eq!(found, [Some(whole(2, " a")), Some(whole(3, "b")), None]);
+        for (text, is_there) in [("", false), ("\n", true), (" ", true)] {
+            let mut lines = of(text.as_bytes());
+            assert_eq!((lines.begin().await, lines.next().await), (Ok(is_there), Ok(None)), "{text:?}");
+        }
     }
 
     #[tokio::test]

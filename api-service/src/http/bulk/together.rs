@@ -17,7 +17,7 @@ use super::{
     },
     Item, Place, answer,
     lines::BYTE_ORDER_MARK,
-    parse, size,
+    no_body, parse, size,
 };
 use crate::{
     error::Problem,
@@ -51,6 +51,9 @@ pub(super) async fn together(
         Problem::TooLarge { .. } => TOO_MUCH,
         other => other,
     })?;
+    if whole.bytes.is_empty() {
+        return Err(no_body());
+    }
     let mut parsed: Vec<(u64, Result<Box<NewOrder>, Problem>)> = Vec::new();
     let mut errors = 0;
     let text = whole.bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&whole.bytes);

@@ -1,6 +1,6 @@
 //! The rows of `orders.txt`, which says how they are written, and of `shop.txt`, which goes on from there.
 
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
 use test_support::{HttpClient, Method, Reply};
 
@@ -16,7 +16,7 @@ pub(super) struct Row {
     pub(super) settings: Vec<(&'static str, &'static str)>,
     pub(super) has_worker: bool,
     pub(super) method: &'static str,
-    pub(super) path: &'static str,
+    pub(super) path: Cow<'static, str>,
     body: &'static str,
     headers: Vec<(&'static str, &'static str)>,
     pub(super) status: u16,
@@ -47,6 +47,7 @@ impl Row {
                 let (method, path, body) = (word(), word(), word());
                 let (settings, headers, said) = (settings.clone(), Vec::new(), Vec::new());
                 let (status, kind, name) = (0, None, None);
+                let path = path.into();
                 rows.push(Self { place, settings, has_worker, method, path, body, headers, status, kind, name, said });
                 continue;
             };
@@ -70,6 +71,12 @@ impl Row {
         Self { headers: vec![("prefer", "respond-async")], ..self.clone() }
     }
 
+    /// The same with this query alone.
+    pub(super) fn asking(&self, query: &str) -> Self {
+        let path = self.path.split('?').next().unwrap_or_default();
+        Self { path: format!("{path}?{query}").into(), ..self.clone() }
+    }
+
     pub(super) fn with(mut self, header: (&'static str, &'static str)) -> Self {
         self.headers.push(header);
         self
@@ -80,7 +87,7 @@ impl Row {
     }
 
     pub(super) async fn send(&self, http: &HttpClient, names: &Names) -> Reply {
-        let (path, body) = (names.fill_path(self.path), names.fill(self.body).replace(r" \n ", "\n"));
+        let (path, body) = (names.fill_path(&self.path), names.fill(self.body).replace(r" \n ", "\n"));
         let headers: Vec<(&str, String)> =
             self.headers.iter().map(|(name, value)| (*name, names.fill(value))).collect();
         let mut headers: Vec<(&str, &str)> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
