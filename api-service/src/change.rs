@@ -347,7 +347,7 @@ fn decided(
         let told = emission::messages(lifecycle, &step.emits, subject, sender);
         messages.extend(told.map_err(|reason| Problem::Invalid(vec![Violation::new("", reason)]))?);
     }
-    let written = Written::Now { order_id: order.order_id, state: Box::new(state(&order)) };
+    let written = Written::Now { order_id: order.order_id, event_id, state: Box::new(state(&order)) };
     let correlation_id = origin.correlation_id;
     let row = ChangedRow { order, from_status, kind, ignored: false, correlation_id, event_id, messages };
     Ok(Decided { row, written })

@@ -142,7 +142,7 @@ impl Parking {
     fn answer(&self, replies: Vec<Reply>) {
         for Reply { to, key, headers, body } in replies {
             let producer = self.handler.outbox.producer();
-            if let Err(error) = producer.send(Pace::Prompt, &to.topic, Some(to.partition), &key, &headers, &body) {
+            if let Err(error) = producer.send(Pace::Prompt, &to.topic, to.partition, &key, &headers, &body) {
                 tracing::debug!(%error, "an answer was not sent");
             }
         }

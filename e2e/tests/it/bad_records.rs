@@ -242,27 +242,3 @@ async fn garbage_on_the_ack_topic_is_passed_over() {
     api.assert_healthy().await;
     assert_eq!(api.http().metric("orderstream_waiters").await, 0.0);
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_ack_that_is_garbage_for_a_real_waiter_costs_time_and_not_the_answer() {
-    let _turn = beside_others().await;
-    let system = System::new().await;
-    let api = system.api().await;
-    let http = api.shared_http();
-    let waiting = tokio::spawn(async move { http.post_order_with(&order("user"), &[("prefer", "wait=10")]).await });
-    let event = eventually("the waiting order's event", || async {
-        system.kafka.read(system.events()).await.pop().ok_or_else(|| "none yet".to_owned())
-    })
-    .await;
-    let correlation = event.header("kafka_correlationId").expect("a correlation id").to_vec();
-    let partition = event.header("kafka_replyPartition").expect("a reply partition");
-    let partition = i32::from_be_bytes(partition.try_into().expect("four bytes"));
-    for body in ["", "garbage", "{}", "null", r#"{"status":"exploded"}"#] {
-        let lie = Record::new("key", body).header("kafka_correlationId", correlation.clone()).to_partition(partition);
-        system.kafka.produce(system.acks(), lie).await;
-    }
-    let _worker = system.worker().await;
-    let reply = waiting.await.expect("no panic").expect_status(201);
-    assert_eq!(reply.json()["order_status"], "done");
-    api.assert_healthy().await;
-}
