@@ -174,6 +174,10 @@ impl Parking {
             parked::put_behind(connection, id, order_id).await?;
             return Ok(Tried::default());
         }
+        if message.record.is_tombstone() {
+            let woke = self.end(connection, id, &message, Verdict::Done, at).await?;
+            return Ok(Tried { woke, ..Tried::default() });
+        }
         let said = match message.record.read(self.handler.lifecycles) {
             Ok(said) => said,
             Err(reason) => {
