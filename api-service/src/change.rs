@@ -8,7 +8,7 @@ use shared::{
     lifecycle::{Lifecycle, Lifecycles, Refusal, Step, Trigger, step, template::Subject},
     message::{Event, EventType, Headers, Message},
     money::Money,
-    order::{self, Content, Unknown, Violation, parse_items, total},
+    order::{self, Amounts, Content, Unknown, Violation, parse_items, total},
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -135,7 +135,8 @@ fn update(order: Locked, change: &Change, context: Context<'_>) -> Result<Decide
     let mut order = order;
     if violations.is_empty() {
         apply(&mut order, &change.fields)?;
-        violations = lacks(lifecycle, &order.user_id, &content(&order));
+        violations = lacks(lifecycle, &order.user_id, &content(&order), context.lifecycles.amounts);
+        violations.extend(unpayable(&order, &change.fields, context.lifecycles.amounts));
     }
     if !violations.is_empty() {
         return Err(Problem::Invalid(violations));
@@ -266,6 +267,22 @@ fn apply(order: &mut Locked, fields: &Fields) -> Result<(), Problem> {
         order.amount = Some(amount);
     }
     Ok(())
+}
+
+/// What was given makes an order of a sum that its currency cannot be paid in. (A sum that was stored before is
+/// nothing to be told of by another change.)
+fn unpayable(order: &Locked, given: &Fields, amounts: Amounts) -> Option<Violation> {
+    let field = match given {
+        Fields { items: Some(_), .. } => "/items",
+        Fields { amount: Some(_), .. } => "/amount",
+        Fields { currency: Some(_), payload: None, .. } => "/currency",
+        _ => return None,
+    };
+    let amount = match order.items.as_deref() {
+        Some(items) => items_total(items),
+        None => order.amount,
+    };
+    amounts.check(amount?, order.currency.as_deref()?).err().map(|reason| Violation::new(field, reason))
 }
 
 fn items_total(items: &RawValue) -> Option<Money> {
