@@ -6,7 +6,6 @@ use api_service::hot::{self, Door, Table};
 use divan::{AllocProfiler, Bencher, Divan, black_box, counter::BytesCount};
 use mimalloc::MiMalloc;
 use serde_json::value::RawValue;
-use shared::message::{AckStatus, Answer};
 use test_support::{marketplace_order, shop_order};
 use uuid::Uuid;
 
@@ -81,7 +80,8 @@ fn e_wait_and_leave(bencher: Bencher<'_, '_>, others: usize) {
 #[divan::bench(args = WAITING)]
 fn e_wait_and_be_answered(bencher: Bencher<'_, '_>, others: usize) {
     let table = Table::with(others);
-    bencher.with_inputs(|| (Uuid::now_v7(), answer())).bench_values(|(id, answer)| table.wait(id, answer).is_some());
+    let body = answer();
+    bencher.with_inputs(Uuid::now_v7).bench_values(|id| table.wait(id, body.as_bytes()).is_some());
 }
 
 #[divan::bench(args = WAITING)]
@@ -90,14 +90,9 @@ fn e_answer_for_nobody(bencher: Bencher<'_, '_>, others: usize) {
     bencher.with_inputs(Uuid::now_v7).bench_values(|id| table.answer_nobody(id));
 }
 
-fn answer() -> Answer {
-    Answer {
-        status: AckStatus::Processed,
-        order_status: "done".to_owned(),
-        order_version: 2,
-        amount: None,
-        currency: Some("BRL".to_owned()),
-        error: None,
-        superseded_by: None,
-    }
+fn answer() -> String {
+    let id = Uuid::now_v7();
+    format!(
+        r#"{{"correlation_id":"{id}","event_id":"{id}","order_id":"{id}","version":1,"status":"processed","order_status":"done","order_version":2,"amount":59.98,"currency":"BRL","processed_at":"2026-01-02T03:04:05.678901Z"}}"#
+    )
 }

@@ -11,14 +11,17 @@ use rdkafka::{
 use shared::{
     backoff::Backoff,
     kafka::{Context, Producer, client_config, ensure_topics},
-    message::{Answer, CORRELATION_ID, Headers, ReplyTo},
+    message::{CORRELATION_ID, Headers, ReplyTo},
     settings::KafkaSettings,
 };
 use tokio::sync::watch;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::waiters::Waiters;
+use crate::{
+    heard::{self, Heard},
+    waiters::Waiters,
+};
 
 /// For one question to the broker at the start.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,7 +41,11 @@ impl ReplyAddress {
     /// Where the answer to this request is to be sent.
     pub(crate) fn for_request(&self, correlation_id: Uuid) -> Option<ReplyTo> {
         let partition = (*self.partition.borrow())?;
-        Some(ReplyTo { correlation: correlation_id.as_bytes().to_vec(), topic: self.topic.to_string(), partition })
+        Some(ReplyTo {
+            correlation: correlation_id.as_bytes().to_vec(),
+            topic: self.topic.to_string(),
+            partition: Some(partition),
+        })
     }
 
     pub(crate) fn is_known(&self) -> bool {
@@ -122,9 +129,15 @@ async fn listen_once(
         match consumer.recv().await {
             Ok(record) => {
                 // Only this header, and without a copy: this is done for every answer.
-                let id = Headers::find(record.headers(), CORRELATION_ID, |value| Uuid::from_slice(value).ok());
-                if let Some(id) = id {
-                    waiters.answer(id, || read(record.payload(), id));
+                match Headers::find(record.headers(), CORRELATION_ID, heard::correlation_id) {
+                    Some(id) => waiters.answer(id, || Heard::read(record.payload())),
+                    // Somebody else's worker may say it in the body alone.
+                    None => {
+                        let heard = Heard::read(record.payload());
+                        if let Some(id) = heard.correlation_id {
+                            waiters.answer(id, || heard);
+                        }
+                    }
                 }
             }
             Err(error @ KafkaError::MessageConsumptionFatal(_)) => return Err(error.into()),
@@ -139,10 +152,4 @@ async fn listen_once(
             },
         }
     }
-}
-
-fn read(body: Option<&[u8]>, id: Uuid) -> Option<Answer> {
-    serde_json::from_slice(body.unwrap_or_default())
-        .map_err(|error| tracing::warn!(correlation.id = %id, %error, "an answer cannot be read; the caller waits on"))
-        .ok()
 }

@@ -8,7 +8,7 @@ use shared::{
     lifecycle::{Lifecycle, Lifecycles, Refusal, Step, Trigger, step, template::Subject},
     message::{Event, EventType, Headers, Message},
     money::Money,
-    order::{self, Content, Unknown, Violation, parse_items, total},
+    order::{self, Amounts, Content, Unknown, Violation, parse_items, total},
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -135,7 +135,8 @@ fn update(order: Locked, change: &Change, context: Context<'_>) -> Result<Decide
     let mut order = order;
     if violations.is_empty() {
         apply(&mut order, &change.fields)?;
-        violations = lacks(lifecycle, &order.user_id, &content(&order));
+        violations = lacks(lifecycle, &order.user_id, &content(&order), context.lifecycles.amounts);
+        violations.extend(unpayable(&order, &change.fields, context.lifecycles.amounts));
     }
     if !violations.is_empty() {
         return Err(Problem::Invalid(violations));
@@ -272,6 +273,22 @@ fn apply(order: &mut Locked, fields: &Fields) -> Result<(), Problem> {
     Ok(())
 }
 
+/// What was given makes an order of a sum that its currency cannot be paid in. (A sum that was stored before is
+/// nothing to be told of by another change.)
+fn unpayable(order: &Locked, given: &Fields, amounts: Amounts) -> Option<Violation> {
+    let field = match given {
+        Fields { items: Some(_), .. } => "/items",
+        Fields { amount: Some(_), .. } => "/amount",
+        Fields { currency: Some(_), payload: None, .. } => "/currency",
+        _ => return None,
+    };
+    let amount = match order.items.as_deref() {
+        Some(items) => items_total(items),
+        None => order.amount,
+    };
+    amounts.check(amount?, order.currency.as_deref()?).err().map(|reason| Violation::new(field, reason))
+}
+
 fn items_total(items: &RawValue) -> Option<Money> {
     parse_items(items, "/items", Unknown::Refuse).ok().and_then(|items| total(&items))
 }
@@ -351,7 +368,7 @@ fn decided(
         let told = emission::messages(lifecycle, &step.emits, subject, sender);
         messages.extend(told.map_err(|reason| Problem::Invalid(vec![Violation::new("", reason)]))?);
     }
-    let written = Written::Now { order_id: order.order_id, state: Box::new(state(&order)) };
+    let written = Written::Now { order_id: order.order_id, event_id, state: Box::new(state(&order)) };
     let correlation_id = origin.correlation_id;
     let row = ChangedRow { order, from_status, kind, ignored: false, correlation_id, event_id, messages };
     Ok(Decided { row, written })

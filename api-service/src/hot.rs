@@ -6,13 +6,14 @@ use futures_util::FutureExt as _;
 use serde_json::value::RawValue;
 use shared::{
     lifecycle::Lifecycles,
-    message::{Answer, Headers, ReplyTo, now},
+    message::{Headers, ReplyTo, now},
 };
 use uuid::Uuid;
 
 use crate::{
     body::Body,
     change,
+    heard::Heard,
     identity::{Caller, Identity},
     json,
     request::{self, Defaults, NewOrder, Upsert},
@@ -37,7 +38,7 @@ impl Door {
         trace.push("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
         let correlation_id = Uuid::now_v7();
         let correlation = correlation_id.as_bytes().to_vec();
-        let reply_to = Some(ReplyTo { correlation, topic: "orders.ack".to_owned(), partition: 3 });
+        let reply_to = Some(ReplyTo { correlation, topic: "orders.ack".to_owned(), partition: Some(3) });
         Self {
             caller: Identity::None.caller(&HeaderMap::new()).expect("a caller"),
             defaults: Defaults { lifecycles, lifecycle, currency: "USD".to_owned() },
@@ -96,14 +97,14 @@ impl Table {
 
     /// Somebody comes, is answered, and goes.
     #[must_use]
-    pub fn wait(&self, id: Uuid, answer: Answer) -> Option<Answer> {
+    pub fn wait(&self, id: Uuid, answer: &[u8]) -> Option<impl Sized + use<>> {
         let mut waiter = self.waiters.register(id)?;
-        self.waiters.answer(id, || Some(answer));
+        self.waiters.answer(id, || Heard::read(Some(answer)));
         waiter.answered().now_or_never().flatten()
     }
 
     /// An answer that nobody waits for, as most are that are meant for other replicas.
     pub fn answer_nobody(&self, id: Uuid) {
-        self.waiters.answer(id, || None);
+        self.waiters.answer(id, || unreachable!("nobody waits"));
     }
 }

@@ -11,6 +11,7 @@ mod change;
 pub mod config;
 mod error;
 mod grpc;
+mod heard;
 #[cfg(feature = "hot")]
 #[doc(hidden)]
 pub mod hot;
@@ -46,8 +47,16 @@ use tokio::{net::TcpListener, runtime::Handle, sync::Semaphore, task::JoinSet, t
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    acks::ReplyAddress, config::Config, http::AppState, identity::Identity, orders::Orders, rate::RateLimiter,
-    waiters::Waiters, watch::Watchers, write_path::WritePath, writer::Writer,
+    acks::ReplyAddress,
+    config::Config,
+    http::AppState,
+    identity::Identity,
+    orders::{Foreign, Orders},
+    rate::RateLimiter,
+    waiters::Waiters,
+    watch::Watchers,
+    write_path::WritePath,
+    writer::Writer,
 };
 
 /// How long the start waits for Kafka before it serves without it.
@@ -129,6 +138,7 @@ pub async fn run(
         producer: producer.clone(),
         topic: topic.clone(),
         hurry: hurry.clone(),
+        foreign: Foreign::default(),
     };
     let app = Arc::new(AppState {
         orders,

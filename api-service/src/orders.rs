@@ -1,15 +1,18 @@
 //! The use cases: change an order and, if the caller wants to, wait for the worker's answer.
 
-use std::time::Duration;
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use shared::{
-    backoff::Backoff,
+    backoff::{Backoff, Seldom},
     cache::Cache,
     db::{Db, DbError},
     kafka::Producer,
     message::{AckStatus, Answer, Headers, now},
 };
-use tokio::time::Instant;
+use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -17,6 +20,7 @@ use crate::{
     acks::ReplyAddress,
     change::{self, Expected, State},
     error::Problem,
+    heard::{Asked, Heard, Part, Told},
     idempotency::{Claim, is_undecided},
     request::{NewOrder, Upsert},
     store::{keys::Known, read},
@@ -26,6 +30,9 @@ use crate::{
 
 /// How often an answer to somebody else's request is looked for.
 const LOOK: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(250));
+
+/// So many answers of others are looked into at a time.
+const FOREIGN: usize = 4;
 
 /// What the use cases need.
 pub(crate) struct Orders {
@@ -38,6 +45,21 @@ pub(crate) struct Orders {
     pub topic: String,
     /// Nobody waits any longer: the process is about to end.
     pub hurry: CancellationToken,
+    pub foreign: Foreign,
+}
+
+/// For answers that are not our own worker's.
+pub(crate) struct Foreign {
+    /// They cost the database a look, and must not cost it all its connections.
+    looks: Semaphore,
+    mistaken: Mutex<Seldom>,
+    useless: Mutex<Seldom>,
+}
+
+impl Default for Foreign {
+    fn default() -> Self {
+        Self { looks: Semaphore::new(FOREIGN), mistaken: Mutex::default(), useless: Mutex::default() }
+    }
 }
 
 /// What a request says beside the change that it asks for.
@@ -138,25 +160,79 @@ impl Orders {
         let operation = work.operation();
         let queued = self.writer.try_queue(work, origin, waiter.as_ref().map(Waiter::wake))?;
         let began = Instant::now();
-        let answer = match (&mut waiter, wait) {
-            (Some(waiter), Some(until)) => self.answer(waiter, until).await,
+        let heard = match (&mut waiter, wait) {
+            (Some(waiter), Some(until)) => self.hear(waiter, until).await,
             _ => None,
         };
         let written = queued.written().await?;
+        let answer = match (&mut waiter, wait, heard, &written) {
+            (Some(waiter), Some(until), Some(heard), Written::Now { order_id, event_id, state }) => {
+                let (order_id, event_id, version) = (*order_id, *event_id, state.version);
+                let asked = Asked { correlation_id, order_id, event_id, version };
+                match heard {
+                    Heard { told: Told::Whole(answer), .. } if heard.mistake(&asked).is_none() => Some(answer),
+                    heard => Box::pin(self.make_out(heard, &asked, state, waiter, until)).await,
+                }
+            }
+            _ => None,
+        };
         let waited = wait.map(|until| Waited { began, until, is_parked: waiter.is_some(), answer });
         // A repeat that waits counts like any other caller that does; nobody else waits any longer.
         let _place = waiter.filter(|_| matches!(written, Written::Before { .. }));
         self.settle(written, operation, correlation_id, waited).await
     }
 
-    /// The worker's answer, if there is one in time.
-    async fn answer(&self, waiter: &mut Waiter, until: Instant) -> Option<Answer> {
+    /// An answer, if there is one in time.
+    async fn hear(&self, waiter: &mut Waiter, until: Instant) -> Option<Heard> {
         tokio::select! {
             biased;
             answer = waiter.answered() => answer,
             () = tokio::time::sleep_until(until) => None,
             () = self.hurry.cancelled() => None,
         }
+    }
+
+    /// What somebody else's answer comes to: with what it lacks, if it is this request's own; else the
+    /// caller waits on. `None` where it tells nothing: then the caller is not kept waiting.
+    async fn make_out(
+        &self,
+        mut heard: Heard,
+        asked: &Asked,
+        state: &State,
+        waiter: &mut Waiter,
+        until: Instant,
+    ) -> Option<Answer> {
+        while let Some(field) = heard.mistake(asked) {
+            // The right one may have come while nobody listened: then it is in the history.
+            waiter.wait_on();
+            self.foreign.note("mistaken", asked, &format!("its {field} is of another one; the caller waits on"));
+            let history = self.look_up(asked.order_id, asked.correlation_id);
+            if let Some(answer) = self.foreign.look(until, history).await.flatten() {
+                return Some(answer);
+            }
+            heard = self.hear(waiter, until).await?;
+        }
+        match heard.told {
+            Told::Whole(answer) => Some(answer),
+            Told::Part(part) => Some(self.fill_in(*part, asked, state, until).await),
+            Told::Nothing => {
+                self.foreign.note("useless", asked, "it has no status that we know; the caller is told 202");
+                None
+            }
+        }
+    }
+
+    /// From the order as it is now; should that not be known in time, as the request left it.
+    async fn fill_in(&self, part: Part, asked: &Asked, state: &State, until: Instant) -> Answer {
+        metrics::counter!("orderstream_foreign_answers_total", "result" => "filled_in").increment(1);
+        let now = match part.is_whole() {
+            true => None,
+            false => self.foreign.look(until, read::state(&self.db, asked.order_id)).await,
+        };
+        let now = now.and_then(|read| {
+            read.inspect_err(|error| tracing::debug!(error = error.chain(), "filling in an answer")).ok().flatten()
+        });
+        part.filled_in(now.unwrap_or_else(|| state.clone()))
     }
 
     /// What a request asks the writer for.
@@ -179,7 +255,7 @@ impl Orders {
         waited: Option<Waited>,
     ) -> Result<Done, Problem> {
         match written {
-            Written::Now { order_id, state } => {
+            Written::Now { order_id, state, .. } => {
                 let done = Done::new(operation, order_id, correlation_id, *state, Progress::Stored);
                 match waited {
                     Some(Waited { began, answer, .. }) => self.handled(done, answer, began).await,
@@ -223,7 +299,7 @@ impl Orders {
             claim: conditions.claim,
         };
         match self.writer.write(Work::Move(change), origin).await? {
-            Written::Now { order_id, state } => {
+            Written::Now { order_id, state, .. } => {
                 Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Stored))
             }
             Written::Nothing { order_id, state } => {
@@ -349,12 +425,34 @@ impl Orders {
     }
 }
 
+impl Foreign {
+    /// What is read for such an answer, once it is its turn; `None` where that is too late.
+    async fn look<T>(&self, until: Instant, read: impl Future<Output = T>) -> Option<T> {
+        let look = async {
+            let _turn = self.looks.acquire().await;
+            read.await
+        };
+        tokio::time::timeout_at(until, look).await.ok()
+    }
+
+    fn note(&self, result: &'static str, asked: &Asked, reason: &str) {
+        metrics::counter!("orderstream_foreign_answers_total", "result" => result).increment(1);
+        let told = if result == "useless" { &self.useless } else { &self.mistaken };
+        let Asked { order_id, correlation_id, .. } = asked;
+        if told.lock().unwrap_or_else(PoisonError::into_inner).is_due(result) {
+            tracing::warn!(order.id = %order_id, correlation.id = %correlation_id, reason, "an answer was not told");
+        } else {
+            tracing::debug!(order.id = %order_id, correlation.id = %correlation_id, reason, "an answer was not told");
+        }
+    }
+}
+
 fn answered(done: Done, answer: Answer) -> Result<Done, Problem> {
     if answer.status == AckStatus::Rejected {
         return Err(Problem::Rejected {
             order_id: done.order_id,
             correlation_id: done.correlation_id,
-            reason: answer.error.unwrap_or_default(),
+            reason: answer.error.unwrap_or_else(|| "the worker gave no reason".to_owned()),
             order_status: answer.order_status,
             order_version: answer.order_version,
         });

@@ -6,7 +6,8 @@ use shared::{
     lifecycle::{Lifecycle, Lifecycles, Need},
     money::Money,
     order::{
-        self, Content, DELETED, Item, MAX_ID, PayloadFields, Unknown, Violation, money, parse_items, text, total, worth,
+        self, Amounts, Content, DELETED, Item, MAX_ID, PayloadFields, Unknown, Violation, money, parse_items, text,
+        total, worth,
     },
 };
 use uuid::Uuid;
@@ -105,7 +106,7 @@ impl Currency {
 }
 
 /// What an order of this lifecycle cannot do without, and has not.
-pub fn lacks(lifecycle: &Lifecycle, user_id: &str, content: &Content<'_>) -> Vec<Violation> {
+pub fn lacks(lifecycle: &Lifecycle, user_id: &str, content: &Content<'_>, amounts: Amounts) -> Vec<Violation> {
     let (needs, name) = (&lifecycle.requires, &lifecycle.name);
     let mut violations = Vec::new();
     let user_is_fine = match needs.user_id {
@@ -117,7 +118,7 @@ pub fn lacks(lifecycle: &Lifecycle, user_id: &str, content: &Content<'_>) -> Vec
             .push(Violation::new("/user_id", format!("must be a whole number, such as 7, in the lifecycle {name}")));
     }
     if needs.amount != Need::None {
-        match worth(content).map(|worth| worth.amount) {
+        match worth(content, amounts).map(|worth| worth.amount) {
             // Of what only the payload holds, too: money or goods are asked for at once.
             Err(reasons) => violations.extend(reasons),
             Ok(None) => {
@@ -219,6 +220,19 @@ fn digest_of(items: &[Item<'_>]) -> Digest {
     Digest::of_bytes(&bytes)
 }
 
+/// What an order's own fields come to, and which says so, where the currency is known too.
+fn own_amount<'a>(
+    items: Option<&Items>,
+    amount: Option<Money>,
+    currency: Option<&'a str>,
+) -> Option<(&'static str, Money, &'a str)> {
+    let (field, amount) = match (items, amount) {
+        (Some(items), _) => ("items", items.total?),
+        (None, amount) => ("amount", amount?),
+    };
+    Some((field, amount, currency?))
+}
+
 /// Collects every broken rule, not just the first.
 struct Check {
     violations: Vec<Violation>,
@@ -278,6 +292,7 @@ impl Check {
         let creating = order_id.is_none();
         let of_payload = from_payload.and_then(|fields| fields.id).filter(|_| creating && external_id.is_none());
         let external_id = external_id.or_else(|| self.payload_id(of_payload?));
+        let names_currency = own_currency.is_some() || from_payload.is_some_and(|fields| fields.currency.is_some());
         let currency = match (own_currency, from_payload.and_then(|fields| fields.currency)) {
             (Some(own), _) => Some(Currency::Known(own)),
             (None, Some(raw)) if raw.get() != "null" => {
@@ -288,6 +303,15 @@ impl Check {
             _ if creating || payload.is_some() => Some(Currency::Known(defaults.currency.clone())),
             _ => None,
         };
+        let code = currency.as_ref().and_then(Currency::code);
+        if let Some((field, amount, code)) = own_amount(items.as_ref(), amount, code)
+            && let Err(mut reason) = defaults.lifecycles.amounts.check(amount, code)
+        {
+            if !names_currency {
+                reason.push_str("; give a currency if it is another");
+            }
+            self.broken(field, reason);
+        }
         let fields = Fields {
             items: items.map(|items| items.json),
             amount,
@@ -308,7 +332,8 @@ impl Check {
                 }
                 let lifecycle = lifecycle.unwrap_or(defaults.lifecycle);
                 if self.violations.is_empty() {
-                    self.violations.extend(lacks(lifecycle, user_id.as_deref().unwrap_or_default(), &fields.content()));
+                    let user_id = user_id.as_deref().unwrap_or_default();
+                    self.violations.extend(lacks(lifecycle, user_id, &fields.content(), defaults.lifecycles.amounts));
                 }
                 Some(Upsert::Create(NewOrder { user_id: user_id?, external_id, lifecycle, fields, fingerprint }))
             }

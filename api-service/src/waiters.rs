@@ -7,16 +7,17 @@ use std::sync::{
 
 use dashmap::DashMap;
 use metrics::Gauge;
-use shared::message::Answer;
 use tokio::sync::oneshot;
 use uuid::Uuid;
+
+use crate::heard::Heard;
 
 /// A handle to the table.
 #[derive(Clone)]
 pub(crate) struct Waiters(Arc<Table>);
 
 struct Table {
-    senders: DashMap<Uuid, oneshot::Sender<Answer>>,
+    senders: DashMap<Uuid, oneshot::Sender<Heard>>,
     count: AtomicUsize,
     limit: usize,
     /// Looked up once: each look for it costs as much as a place in the table.
@@ -28,7 +29,7 @@ struct Table {
 pub(crate) struct Waiter {
     id: Uuid,
     waiters: Waiters,
-    answer: oneshot::Receiver<Answer>,
+    answer: oneshot::Receiver<Heard>,
 }
 
 /// Held by the change whose answer is awaited. Dropped, it wakes the caller, for whom there will be no
@@ -59,13 +60,13 @@ impl Waiters {
     }
 
     /// Gives the answer to whoever waits for it here. `read` is called only if somebody does.
-    pub(crate) fn answer(&self, id: Uuid, read: impl FnOnce() -> Option<Answer>) {
+    pub(crate) fn answer(&self, id: Uuid, read: impl FnOnce() -> Heard) {
         // The guard of the table is gone before anything is read or sent.
-        if self.0.senders.contains_key(&id)
-            && let Some(answer) = read()
-            && let Some((_, sender)) = self.0.senders.remove(&id)
-        {
-            let _ = sender.send(answer);
+        if self.0.senders.contains_key(&id) {
+            let heard = read();
+            if let Some((_, sender)) = self.0.senders.remove(&id) {
+                let _ = sender.send(heard);
+            }
         }
     }
 }
@@ -75,9 +76,16 @@ impl Waiter {
         Wake { id: self.id, waiters: Some(self.waiters.clone()) }
     }
 
-    /// The answer, or `None` when there will be none. Ask no more after either.
-    pub(crate) async fn answered(&mut self) -> Option<Answer> {
+    /// The answer, or `None` when there will be none. Ask no more after either, unless you wait on.
+    pub(crate) async fn answered(&mut self) -> Option<Heard> {
         (&mut self.answer).await.ok()
+    }
+
+    /// For the next answer: this one was another's. One that came before this call is not heard.
+    pub(crate) fn wait_on(&mut self) {
+        let (sender, answer) = oneshot::channel();
+        self.answer = answer;
+        self.waiters.0.senders.insert(self.id, sender);
     }
 }
 
@@ -106,19 +114,18 @@ impl Drop for Waiter {
 
 #[cfg(test)]
 mod tests {
-    use shared::message::AckStatus;
-
     use super::*;
+    use crate::heard::Told;
 
-    fn answer(version: i64) -> Answer {
-        Answer {
-            status: AckStatus::Processed,
-            order_status: "done".into(),
-            order_version: version,
-            amount: None,
-            currency: None,
-            error: None,
-            superseded_by: None,
+    fn answer(version: i64) -> Heard {
+        let body = format!(r#"{{"status":"processed","order_status":"done","order_version":{version}}}"#);
+        Heard::read(Some(body.as_bytes()))
+    }
+
+    fn version(heard: &Heard) -> i64 {
+        match &heard.told {
+            Told::Part(part) => part.order_version.unwrap(),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -127,10 +134,10 @@ mod tests {
         let waiters = Waiters::new(100);
         let mut all: Vec<_> = (0..100).map(|version| (version, waiters.register(Uuid::now_v7()).unwrap())).collect();
         for (version, waiter) in all.iter().rev() {
-            waiters.answer(waiter.id, || Some(answer(*version)));
+            waiters.answer(waiter.id, || answer(*version));
         }
-        for (version, waiter) in &mut all {
-            assert_eq!(waiter.answered().await.unwrap().order_version, *version);
+        for (own, waiter) in &mut all {
+            assert_eq!(version(&waiter.answered().await.unwrap()), *own);
         }
     }
 
@@ -143,8 +150,12 @@ mod tests {
         let mut waiter = waiters.register(Uuid::now_v7()).unwrap();
         waiter.wake().leave_to_answer();
         assert!(futures_util::poll!(std::pin::pin!(waiter.answered())).is_pending());
-        waiters.answer(waiter.id, || Some(answer(7)));
-        assert_eq!(waiter.answered().await.unwrap().order_version, 7);
+        waiters.answer(waiter.id, || answer(7));
+        assert_eq!(version(&waiter.answered().await.unwrap()), 7);
+        // It was another's.
+        waiter.wait_on();
+        waiters.answer(waiter.id, || answer(8));
+        assert_eq!(version(&waiter.answered().await.unwrap()), 8);
     }
 
     #[tokio::test]

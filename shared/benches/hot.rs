@@ -11,7 +11,7 @@ use shared::{
     lifecycle::{Lifecycle, Lifecycles, Trigger, step},
     message::{Ack, AckStatus, Answer, Event, EventType, Headers, ReplyTo, now},
     money::Money,
-    order::{Content, worth},
+    order::{Amounts, Content, worth},
 };
 use test_support::{marketplace_event, marketplace_order, shop_order};
 use uuid::Uuid;
@@ -45,7 +45,7 @@ fn worth_of_payload(bencher: Bencher<'_, '_>, lines: usize) {
     let payload = raw(&marketplace_order(lines), "payload");
     bencher.bench(|| {
         let payload = Some(&**black_box(&payload));
-        worth(&Content { payload, currency: Some("BRL"), ..Content::default() })
+        worth(&Content { payload, currency: Some("BRL"), ..Content::default() }, Amounts::Payable)
     });
 }
 
@@ -54,7 +54,7 @@ fn worth_of_own_items(bencher: Bencher<'_, '_>, lines: usize) {
     let items = raw(&shop_order(u32::try_from(lines).expect("lines")), "items");
     bencher.bench(|| {
         let items = Some(&**black_box(&items));
-        worth(&Content { items, currency: Some("EUR"), ..Content::default() })
+        worth(&Content { items, currency: Some("EUR"), ..Content::default() }, Amounts::Payable)
     });
 }
 
@@ -131,7 +131,7 @@ fn headers() -> Headers {
     let mut headers = Headers::cloud_event(id, EventType::Created.name(), "/orderstream/api-service", now());
     headers.push("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
     let correlation = id.as_bytes().to_vec();
-    headers.push_reply_to(&ReplyTo { correlation, topic: "orders.ack".to_owned(), partition: 3 });
+    headers.push_reply_to(&ReplyTo { correlation, topic: "orders.ack".to_owned(), partition: Some(3) });
     headers
 }
 

@@ -10,7 +10,7 @@ use crate::{
         template::{Emit, Subject},
     },
     message::{Headers, Message},
-    order::{Content, worth},
+    order::{Amounts, Content, worth},
 };
 
 /// Who sends them, and on behalf of what.
@@ -40,7 +40,7 @@ pub fn messages(
         // Not handled yet: what the content comes to is known all the same.
         let Subject { items, payload, currency, .. } = subject;
         let content = Content { items, payload, currency: currency.or(Some("")), amount: None };
-        subject.amount = worth(&content).ok().and_then(|worth| worth.amount);
+        subject.amount = worth(&content, Amounts::Exact).ok().and_then(|worth| worth.amount);
     }
     let mut messages = Vec::with_capacity(emits.len());
     for (emit, seq) in emits.iter().zip(sender.first_seq..) {

@@ -126,7 +126,8 @@ pub struct ReplyTo {
     /// 16 bytes of a UUID from us; a foreign caller's may be anything and comes back as it was.
     pub correlation: Vec<u8>,
     pub topic: String,
-    pub partition: i32,
+    /// A foreign caller need not name one; then the key decides.
+    pub partition: Option<i32>,
 }
 
 impl Headers {
@@ -158,16 +159,25 @@ impl Headers {
     pub fn push_reply_to(&mut self, reply: &ReplyTo) {
         self.push(CORRELATION_ID, reply.correlation.clone());
         self.push(REPLY_TOPIC, reply.topic.clone());
-        self.push(REPLY_PARTITION, reply.partition.to_be_bytes());
+        if let Some(partition) = reply.partition {
+            self.push(REPLY_PARTITION, partition.to_be_bytes());
+        }
     }
 
     /// `None` where nobody waits, or where the names do not say where.
     #[must_use]
     pub fn reply_to(&self) -> Option<ReplyTo> {
         let topic = std::str::from_utf8(self.get(REPLY_TOPIC)?).ok()?;
-        let partition = i32::from_be_bytes(self.get(REPLY_PARTITION)?.try_into().ok()?);
+        let partition = match self.get(REPLY_PARTITION) {
+            Some(bytes) => Some(i32::from_be_bytes(bytes.try_into().ok()?)),
+            None => None,
+        };
         let correlation = self.get(CORRELATION_ID)?.to_vec();
-        (partition >= 0 && !topic.is_empty()).then(|| ReplyTo { correlation, topic: topic.to_owned(), partition })
+        (partition.is_none_or(|partition| partition >= 0) && !topic.is_empty()).then(|| ReplyTo {
+            correlation,
+            topic: topic.to_owned(),
+            partition,
+        })
     }
 
     /// The trace context in these headers, to be passed on.
@@ -336,12 +346,20 @@ mod tests {
 
     #[test]
     fn a_reply_address_survives_the_headers() {
-        let reply = ReplyTo { correlation: vec![0, 255, 7], topic: "orders.ack".into(), partition: 258 };
+        let reply = ReplyTo { correlation: vec![0, 255, 7], topic: "orders.ack".into(), partition: Some(258) };
         let mut headers = Headers::default();
         headers.push_reply_to(&reply);
         assert_eq!(headers.get(REPLY_PARTITION), Some(&[0, 0, 1, 2][..]));
         assert_eq!(headers.reply_to(), Some(reply));
         assert_eq!(Headers::default().reply_to(), None);
+        // As Spring has it where any partition will do.
+        let reply = ReplyTo { partition: None, ..headers.reply_to().unwrap() };
+        let mut headers = Headers::default();
+        headers.push_reply_to(&reply);
+        assert_eq!(headers.get(REPLY_PARTITION), None);
+        assert_eq!(headers.reply_to(), Some(reply));
+        headers.push(REPLY_PARTITION, "x");
+        assert_eq!(headers.reply_to(), None);
     }
 
     proptest! {

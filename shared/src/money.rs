@@ -78,6 +78,12 @@ impl Money {
         self.0.is_integer() && !self.0.is_zero()
     }
 
+    /// Can it be written with so many decimals?
+    #[must_use]
+    pub fn fits(self, decimals: u32) -> bool {
+        self.0.scale() <= decimals || self.0.normalize().scale() <= decimals
+    }
+
     /// As bytes that are the same for `5.1` and `5.10`.
     #[must_use]
     pub fn value_bytes(self) -> [u8; 16] {

@@ -4,6 +4,7 @@
 use std::{borrow::Cow, fmt};
 
 use iso_currency::Currency;
+use rust_decimal::Decimal;
 use serde::{
     Deserialize, Serialize,
     de::{Deserializer, IgnoredAny, MapAccess, Visitor},
@@ -233,6 +234,31 @@ pub fn currency(code: &str) -> Result<&str, &'static str> {
     }
 }
 
+/// Which sums of money an order may come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Amounts {
+    /// Those that can be paid: multiples of their currency's smallest unit. A unit price may be finer.
+    #[default]
+    Payable,
+    /// Any, as they are.
+    Exact,
+}
+
+impl Amounts {
+    /// # Errors
+    /// Why an order may not come to this. Currencies without a smallest unit (XAU, XTS, …) take all.
+    pub fn check(self, amount: Money, currency: &str) -> Result<(), String> {
+        let exponent = Currency::from_code(currency).and_then(Currency::exponent).map(u32::from);
+        match exponent {
+            Some(decimals) if self == Self::Payable && !amount.fits(decimals) => Err(format!(
+                "comes to {amount}, which cannot be paid in {currency}: the smallest unit is {}",
+                Decimal::new(1, decimals)
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Escapes a field's name for a JSON pointer (RFC 6901, section 3).
 #[must_use]
 pub fn escape(name: &str) -> Cow<'_, str> {
@@ -284,8 +310,9 @@ impl<'a> PayloadFields<'a> {
     }
 }
 
-/// What the content comes to, or every reason why that cannot be said.
-pub fn worth(content: &Content<'_>) -> Result<Worth, Vec<Violation>> {
+/// What the content comes to, or every reason why that cannot be said. Whether the amount of its own
+/// fields can be paid was seen at the door; that of a payload is looked at here.
+pub fn worth(content: &Content<'_>, amounts: Amounts) -> Result<Worth, Vec<Violation>> {
     let payload = match content.payload {
         Some(payload) => PayloadFields::of(payload).map_err(|violation| vec![violation])?,
         None => PayloadFields::default(),
@@ -300,7 +327,15 @@ pub fn worth(content: &Content<'_>) -> Result<Worth, Vec<Violation>> {
         }
     };
     match (amount, currency) {
-        (Ok(amount), Ok(currency)) => Ok(Worth { amount, currency }),
+        (Ok(amount), Ok(currency)) => {
+            let is_own = content.items.is_some() || content.amount.is_some();
+            if let Some(amount) = amount.filter(|_| !is_own) {
+                let field = if payload.items.is_some() { "items" } else { "amount" };
+                let unpayable = |reason| vec![Violation::new(format!("/payload/{field}"), reason)];
+                amounts.check(amount, &currency).map_err(unpayable)?;
+            }
+            Ok(Worth { amount, currency })
+        }
         (amount, currency) => {
             let mut violations = amount.err().unwrap_or_default();
             violations.extend(currency.err());
@@ -354,14 +389,13 @@ mod tests {
 
     fn worth_of(items: Option<&str>, amount: Option<&str>, payload: Option<&str>) -> Result<Option<Money>, String> {
         let (items, payload) = (items.map(raw), payload.map(raw));
-        worth(&Content {
+        let content = Content {
             items: items.as_deref(),
             amount: amount.map(|a| Money::parse(a).unwrap()),
             currency: Some("USD"),
             payload: payload.as_deref(),
-        })
-        .map(|worth| worth.amount)
-        .map_err(|violations| sentence(&violations))
+        };
+        worth(&content, Amounts::Payable).map(|worth| worth.amount).map_err(|violations| sentence(&violations))
     }
 
     #[test]
@@ -410,9 +444,52 @@ mod tests {
     fn a_currency_that_only_the_payload_has_is_checked_here() {
         let payload = raw(r#"{"currency":"XXQ"}"#);
         let content = Content { currency: None, payload: Some(&payload), ..Content::default() };
-        assert_eq!(sentence(&worth(&content).unwrap_err()), "/payload/currency must be an ISO 4217 code such as USD");
+        assert_eq!(
+            sentence(&worth(&content, Amounts::Exact).unwrap_err()),
+            "/payload/currency must be an ISO 4217 code such as USD"
+        );
         let own = Content { currency: Some("BRL"), ..content };
-        assert_eq!(worth(&own).unwrap().currency, "BRL");
+        assert_eq!(worth(&own, Amounts::Exact).unwrap().currency, "BRL");
+    }
+
+    #[test]
+    fn a_sum_is_payable_when_it_is_a_multiple_of_its_currencys_smallest_unit() {
+        for (amount, currency, is_payable) in [
+            ("1234", "JPY", true),
+            ("1234.00", "JPY", true),
+            ("1234.99", "JPY", false),
+            ("1234.5", "KRW", false),
+            ("12.34", "USD", true),
+            ("12.3400", "USD", true),
+            ("12.345", "USD", false),
+            ("1.234", "KWD", true),
+            ("1.2345", "KWD", false),
+            ("1.2345", "CLF", true),
+            ("0", "JPY", true),
+            ("99999999999999", "ISK", true),
+            ("99999999999999.9999", "ISK", false),
+            // Gold has no smallest unit, and what we do not know has none that we know.
+            ("1.2345", "XAU", true),
+            ("1.2345", "QQQ", true),
+        ] {
+            let amount = Money::parse(amount).unwrap();
+            assert_eq!(Amounts::Payable.check(amount, currency).is_ok(), is_payable, "{amount} {currency}");
+            assert_eq!(Amounts::Exact.check(amount, currency), Ok(()));
+        }
+        let reason = Amounts::Payable.check(Money::parse("1.2345").unwrap(), "KWD").unwrap_err();
+        assert_eq!(reason, "comes to 1.2345, which cannot be paid in KWD: the smallest unit is 0.001");
+    }
+
+    #[test]
+    fn only_what_a_payload_comes_to_is_looked_at_by_whoever_computes_it() {
+        let payload = |price| format!(r#"{{"items":[{{"product_id":"p","quantity":3,"unit_price":{price}}}]}}"#);
+        assert_eq!(
+            worth_of(None, None, Some(&payload("0.005"))).unwrap_err(),
+            "/payload/items comes to 0.015, which cannot be paid in USD: the smallest unit is 0.01"
+        );
+        assert!(worth_of(None, None, Some(r#"{"amount":0.001}"#)).unwrap_err().starts_with("/payload/amount comes to"));
+        assert!(worth_of(None, None, Some(&payload("0.0100"))).is_ok());
+        assert!(worth_of(None, Some("0.001"), Some(&payload("0.005"))).is_ok());
     }
 
     proptest! {
@@ -420,7 +497,8 @@ mod tests {
         fn no_json_panics(json in r#"[\[\]{}",:0-9a-z\\.eE+-]{0,60}"#) {
             if let Ok(raw) = RawValue::from_string(json) {
                 let _ = parse_items(&raw, "/items", Unknown::Ignore);
-                let _ = worth(&Content { currency: Some("USD"), payload: Some(&raw), ..Content::default() });
+                let content = Content { currency: Some("USD"), payload: Some(&raw), ..Content::default() };
+                let _ = worth(&content, Amounts::Payable);
             }
         }
     }

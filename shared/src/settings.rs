@@ -17,6 +17,7 @@ use clap::{ArgAction, Args, Parser};
 use crate::{
     db::PoolSettings,
     lifecycle::{Lifecycle, Lifecycles},
+    order::Amounts,
 };
 
 /// Names that the five seed systems use for the same thing.
@@ -140,6 +141,9 @@ pub struct KafkaSettings {
     /// Folder of lifecycles (*.toml) beside the release's own, or in their place by name
     #[arg(long, env = "LIFECYCLES_DIR", value_name = "LIFECYCLES_DIR")]
     pub lifecycles_dir: Option<PathBuf>,
+    /// payable: an order comes to a multiple of its currency's smallest unit, else it is refused; exact: to anything
+    #[arg(long, env = "AMOUNTS", value_name = "AMOUNTS", default_value = "payable")]
+    pub amounts: Amounts,
     /// Age in milliseconds at which the sweeper sends a message that its writer did not
     #[arg(long, env = "OUTBOX_GRACE_MS", value_name = "OUTBOX_GRACE_MS", default_value = "10000", value_parser = clap::value_parser!(u64).range(7_000..=3_600_000))]
     pub outbox_grace_ms: u64,
@@ -212,7 +216,7 @@ impl KafkaSettings {
     /// # Errors
     /// Naming file, key and remedy.
     pub fn lifecycles(&self) -> anyhow::Result<&'static Lifecycles> {
-        Lifecycles::load(self.lifecycles_folder(), &self.own_topics(), &variables())
+        Lifecycles::load(self.lifecycles_folder(), &self.own_topics(), self.amounts, &variables())
     }
 
     /// The lifecycle of one file, first, and those that it would stand beside, which it must not

@@ -45,6 +45,6 @@ fn desk(lines: usize) -> Desk {
     let mut headers = Headers::cloud_event(id, EventType::Created.name(), "/orderstream/api-service", now());
     headers.push("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
     let correlation = id.as_bytes().to_vec();
-    headers.push_reply_to(&ReplyTo { correlation, topic: "orders.ack".to_owned(), partition: 3 });
+    headers.push_reply_to(&ReplyTo { correlation, topic: "orders.ack".to_owned(), partition: Some(3) });
     Desk::with(headers, marketplace_event(lines).into_bytes())
 }

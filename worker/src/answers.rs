@@ -104,7 +104,7 @@ fn send(producer: &Producer, answers: Vec<Pending>) -> Vec<Sent> {
     let pace = Pace::of(answers.len(), true);
     let sent = answers.into_iter().map(|answer| {
         let Reply { to, key, headers, body } = &answer.reply;
-        let delivery = producer.send(pace, &to.topic, Some(to.partition), key, headers, body);
+        let delivery = producer.send(pace, &to.topic, to.partition, key, headers, body);
         Sent { answer, delivery }
     });
     sent.collect()

@@ -79,7 +79,7 @@ impl Handler {
         let connection = self.db.connection().await?;
         let deadline = self.db.settings.write_timeout;
         let (mut told, mut unreadable) = (Vec::with_capacity(records.len()), Vec::new());
-        for record in records {
+        for record in records.iter().filter(|record| !record.is_tombstone()) {
             match record.read(self.lifecycles) {
                 Ok(said) => told.push(Told { record, said }),
                 Err(reason) => {
@@ -109,6 +109,10 @@ impl Handler {
             let outcome = connection.transaction(deadline, work).await?;
             self.committed(&outcome, began).await;
             replies.extend(outcome.replies);
+        }
+        let tombstones = records.iter().filter(|record| record.is_tombstone()).count();
+        if tombstones > 0 {
+            metrics::counter!("orderstream_worker_handled_total", "result" => "tombstone").increment(tombstones as u64);
         }
         Ok(replies)
     }

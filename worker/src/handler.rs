@@ -132,7 +132,7 @@ fn content(
         currency: event.currency.as_deref(),
         payload: event.payload,
     };
-    let (kind, status, trigger, worth, error) = match worth(&content) {
+    let (kind, status, trigger, worth, error) = match worth(&content, lifecycles.amounts) {
         Ok(worth) => {
             let is_new = event.kind == EventType::Created;
             let trigger = if is_new { Trigger::CreateHandled } else { Trigger::ContentHandled };

@@ -142,7 +142,7 @@ impl Parking {
     async fn answer(&self, replies: Vec<Reply>) {
         let producer = self.handler.outbox.producer();
         for Reply { to, key, headers, body } in replies {
-            let send = || producer.send(Pace::Prompt, &to.topic, Some(to.partition), &key, &headers, &body).map(drop);
+            let send = || producer.send(Pace::Prompt, &to.topic, to.partition, &key, &headers, &body).map(drop);
             let sent = match send() {
                 // Its partition may be newer than what we know of the topic.
                 Err(error) if is_unknown(&error) && producer.partitions(&to.topic).await.is_ok() => send(),
@@ -179,6 +179,10 @@ impl Parking {
         {
             parked::put_behind(connection, id, order_id).await?;
             return Ok(Tried::default());
+        }
+        if message.record.is_tombstone() {
+            let woke = self.end(connection, id, &message, Verdict::Done, at).await?;
+            return Ok(Tried { woke, ..Tried::default() });
         }
         let said = match message.record.read(self.handler.lifecycles) {
             Ok(said) => said,

@@ -68,6 +68,12 @@ impl Record {
         }
     }
 
+    /// Has it no body? Then it says nothing: whoever deletes by key leaves such records, and so does a
+    /// topic that is compacted. An empty body is one that cannot be read.
+    pub(crate) fn is_tombstone(&self) -> bool {
+        self.body.is_none()
+    }
+
     /// What it says; topics that no lifecycle receives hold events.
     ///
     /// # Errors

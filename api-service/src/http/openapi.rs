@@ -199,9 +199,10 @@ pub(crate) struct NewOrder {
     external_id: Option<()>,
     /// By default `DEFAULT_LIFECYCLE`.
     lifecycle: Option<String>,
+    /// What they come to must be a multiple of the currency's smallest unit (unless `AMOUNTS=exact`).
     #[schema(value_type = Option<Vec<ItemIn>>, min_items = 1)]
     items: Option<()>,
-    /// When there are no items.
+    /// When there are no items; a multiple of the currency's smallest unit.
     #[schema(value_type = Option<AmountIn>)]
     amount: Option<()>,
     /// ISO 4217; by default the payload's, else `DEFAULT_CURRENCY`.

@@ -114,6 +114,33 @@ fn every_broken_rule_is_named() {
     );
 }
 
+#[test]
+fn what_an_order_comes_to_can_be_paid_in_its_currency_and_unit_prices_may_be_finer() {
+    let items =
+        |price, quantity| format!(r#""items":[{{"product_id":"p","quantity":{quantity},"unit_price":{price}}}]"#);
+    for (content, broken) in [
+        (r#""amount":1234.99,"currency":"JPY""#.to_owned(), Some("/amount")),
+        (r#""amount":"1234.00","currency":"JPY""#.to_owned(), None),
+        (r#""amount":1.2345,"currency":"KWD""#.to_owned(), Some("/amount")),
+        (r#""amount":1.234,"currency":"KWD""#.to_owned(), None),
+        (r#""amount":19.999"#.to_owned(), Some("/amount")),
+        (items("19.999", 1), Some("/items")),
+        (items("0.005", 2), None),
+        (items("0.005", 3), Some("/items")),
+        (format!(r#"{},"currency":"CLF""#, items("0.0005", 3)), None),
+        (format!(r#"{},"payload":{{"currency":"JPY"}}"#, items("0.5", 3)), Some("/items")),
+        // What the payload holds is the worker's to refuse.
+        (r#""payload":{"amount":19.999}"#.to_owned(), None),
+        (r#""payload":{"amount":19.999},"lifecycle":"stock-saga""#.to_owned(), Some("/payload/amount")),
+    ] {
+        let body = format!(r#"{{"user_id":"u",{content}}}"#);
+        match broken {
+            Some(pointer) => assert_eq!(pointers(&body), [pointer], "{body}"),
+            None => drop(created(&body)),
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200)) {

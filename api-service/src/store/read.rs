@@ -18,7 +18,10 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::json;
-use crate::http::openapi::{Amount, AnyObject, Item, Time};
+use crate::{
+    change::State,
+    http::openapi::{Amount, AnyObject, Item, Time},
+};
 
 /// An order as it reads.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
@@ -132,6 +135,17 @@ pub(crate) async fn order(db: &Db, order_id: Uuid) -> Result<Option<Order>, DbEr
     Ok(query(db, BY_ID, &[&order_id]).await?.first().map(order_of))
 }
 
+/// Where the order of this id is, without what is in it.
+pub(crate) async fn state(db: &Db, order_id: Uuid) -> Result<Option<State>, DbError> {
+    const SQL: &str = "select status, version, amount, currency from orders where order_id = $1";
+    Ok(query(db, SQL, &[&order_id]).await?.first().map(|row| State {
+        status: row.get("status"),
+        version: row.get("version"),
+        amount: amount(row),
+        currency: row.get("currency"),
+    }))
+}
+
 /// The same, perhaps as it was kept a moment ago.
 pub(crate) async fn order_kept(cache: &Cache, db: &Db, order_id: Uuid) -> Result<Option<Order>, DbError> {
     cache.through(Key::Order(order_id), |kept: &Order| kept.order_id == order_id, order(db, order_id)).await
@@ -222,6 +236,10 @@ pub(super) fn history_row(row: &Row) -> HistoryRow {
     }
 }
 
+fn amount(row: &Row) -> Option<Money> {
+    row.get::<_, Option<Decimal>>("amount").and_then(|amount| Money::try_from(amount).ok())
+}
+
 pub(super) fn order_of(row: &Row) -> Order {
     let order_id = row.get("order_id");
     let payload = json(row, "payload");
@@ -237,7 +255,7 @@ pub(super) fn order_of(row: &Row) -> Order {
         external_id: row.get("external_id"),
         lifecycle: row.get("lifecycle"),
         status: row.get("status"),
-        amount: row.get::<_, Option<Decimal>>("amount").and_then(|amount| Money::try_from(amount).ok()),
+        amount: amount(row),
         currency: row.get("currency"),
         items: json(row, "items").or_else(of_payload),
         payload,

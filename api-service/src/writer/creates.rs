@@ -180,6 +180,7 @@ pub(super) fn placed(row: &NewRow, place: &str) -> Placed {
 pub(super) fn written(row: &NewRow) -> Written {
     Written::Now {
         order_id: row.order_id,
+        event_id: row.event_id,
         state: Box::new(change::State {
             status: row.status.to_owned(),
             version: 1,

@@ -90,7 +90,7 @@ pub(crate) struct Origin {
 #[derive(Debug)]
 pub(crate) enum Written {
     /// Done, and told by this event.
-    Now { order_id: Uuid, state: Box<change::State> },
+    Now { order_id: Uuid, event_id: Uuid, state: Box<change::State> },
     /// The same order was created before, by this request.
     Before { order_id: Uuid, correlation_id: Uuid },
     /// A request with this idempotency key did it before.

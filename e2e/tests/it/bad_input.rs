@@ -128,6 +128,8 @@ fn bad_bodies() -> Vec<Bad> {
         invalid("an amount called Infinity", "/amount", raw("amount", "\"Infinity\"")),
         invalid("an empty amount", "/amount", raw("amount", "\"\"")),
         invalid("an amount that is a boolean", "/amount", raw("amount", "true")),
+        invalid("yen and a fraction", "/amount", r#"{"user_id":"u","amount":1234.99,"currency":"JPY"}"#),
+        invalid("a total finer than a cent", "/items", with_item("unit_price", json!("19.999"))),
         invalid("an unknown currency", "/currency", with("currency", json!("XQZ"))),
         invalid("a currency that is a number", "/currency", with("currency", json!(840))),
         invalid("an unknown field", "/itmes", with("itmes", json!([]))),

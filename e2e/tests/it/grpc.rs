@@ -54,7 +54,7 @@ pub(crate) fn channel(api: &Api) -> Channel {
     Channel::to(&api.grpc_address())
 }
 
-fn orders(api: &Api) -> OrdersServiceClient<Channel> {
+pub(crate) fn orders(api: &Api) -> OrdersServiceClient<Channel> {
     OrdersServiceClient::new(channel(api))
 }
 

@@ -13,6 +13,7 @@ mod contract;
 mod deletes;
 mod documents;
 mod features;
+mod foreign;
 mod grpc;
 mod idempotency;
 mod identity;

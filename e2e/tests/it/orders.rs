@@ -46,7 +46,7 @@ async fn amounts_are_printed_with_the_digits_that_arithmetic_gives() {
         (2, "29.99", "59.98"),
         (1, "1.10", "1.10"),
         (1_000_000, "99999999.9999", "99999999999900.0000"),
-        (1, "0.0001", "0.0001"),
+        (100, "0.0001", "0.0100"),
         (7, "0", "0"),
     ] {
         let sent = json!({ "user_id": "user", "items": [item("sku", quantity, unit_price)] });
@@ -103,6 +103,7 @@ async fn what_only_the_payload_holds_is_the_workers_to_refuse() {
     for (what, sent) in [
         ("broken items", json!({ "user_id": "user", "payload": { "items": [{ "quantity": "many" }] } })),
         ("an unknown currency", json!({ "user_id": "user", "payload": { "amount": 1, "currency": "XQZ" } })),
+        ("a sum that nobody can pay", json!({ "user_id": "user", "payload": { "amount": 1.5, "currency": "JPY" } })),
         ("a total of 10^14", json!({ "user_id": "user", "items": [item("sku", 1_000_000, "100000000")] })),
     ] {
         let reply = api.http().post_order(&sent).await.expect_status(422);
@@ -119,6 +120,41 @@ async fn what_only_the_payload_holds_is_the_workers_to_refuse() {
     let mended = json!({ "order_id": reply.text("order_id"), "payload": { "amount": 1, "currency": "EUR" } });
     let body = api.http().post_order(&mended).await.expect_status(200).json();
     assert_eq!(body["order_status"], "done", "{body}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_order_comes_to_can_be_paid_unless_any_sum_is_wanted() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let (api, exact) = (system.api().await, system.api_with(&[("AMOUNTS", "exact")]).await);
+    let _worker = system.worker_with(&[("AMOUNTS", "exact")]).await;
+    let (http, finer) = (api.http(), json!({ "user_id": "user", "items": [item("sku", 3, "0.005")] }));
+
+    let refused = http.post_order(&finer).await.expect_status(422);
+    let reason =
+        "comes to 0.015, which cannot be paid in USD: the smallest unit is 0.01; give a currency if it is another";
+    assert_eq!(refused.json()["errors"], json!([{ "pointer": "/items", "reason": reason }]));
+    let order = json!({ "user_id": "user", "items": [item("sku", 2, "0.005")] });
+    let order_id = http.post_order(&order).await.expect_status(201).text("order_id");
+    for (field, change) in [
+        ("/items", json!({ "items": [item("sku", 1, "0.005")] })),
+        ("/currency", json!({ "currency": "JPY" })),
+        ("/amount", json!({ "currency": "EUR", "amount": 0.001, "payload": {} })),
+    ] {
+        let mut change = change;
+        change["order_id"] = json!(order_id);
+        let refused = http.post_order(&change).await.expect_status(422);
+        assert_eq!(refused.json()["errors"][0]["pointer"], field, "{}", refused.summary());
+    }
+    assert_eq!(http.get_order(&order_id).await["version"], 2);
+
+    // Where any sum is taken, it is kept to its last digit; and who changes something else later is told nothing.
+    let kept = exact.http().post_order(&finer).await.expect_status(201);
+    scenarios::assert_amount(&kept.json(), "0.015");
+    let payload = json!({ "user_id": "user", "payload": { "amount": "1.2345", "currency": "KWD" } });
+    scenarios::assert_amount(&exact.http().post_order(&payload).await.expect_status(201).json(), "1.2345");
+    let change = json!({ "order_id": kept.text("order_id"), "notes": "ring twice" });
+    scenarios::assert_amount(&http.post_order(&change).await.expect_status(200).json(), "0.015");
 }
 
 #[tokio::test(flavor = "multi_thread")]

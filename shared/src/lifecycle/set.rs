@@ -8,6 +8,7 @@ use super::{
     Lifecycle, Receive,
     file::{self, BadFile, Flaw, Variables},
 };
+use crate::order::Amounts;
 
 /// The files of the release.
 const EMBEDDED: &[(&str, &str)] = &[
@@ -21,6 +22,8 @@ const EMBEDDED: &[(&str, &str)] = &[
 #[derive(Debug)]
 pub struct Lifecycles {
     all: Vec<Lifecycle>,
+    /// What orders of all of them may come to.
+    pub amounts: Amounts,
 }
 
 impl Lifecycles {
@@ -30,10 +33,15 @@ impl Lifecycles {
     ///
     /// # Errors
     /// All that is wrong with the first file that is, by file, key and remedy.
-    pub fn load(folder: Option<&Path>, own_topics: &[&str], variables: Variables<'_>) -> anyhow::Result<&'static Self> {
+    pub fn load(
+        folder: Option<&Path>,
+        own_topics: &[&str],
+        amounts: Amounts,
+        variables: Variables<'_>,
+    ) -> anyhow::Result<&'static Self> {
         let mut all = assemble(given(folder)?, own_topics, variables)?;
         all.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Box::leak(Box::new(Self { all })))
+        Ok(Box::leak(Box::new(Self { all, amounts })))
     }
 
     /// The lifecycle of one file, first, and all others: of a file in the folder as they are there, of
@@ -72,7 +80,7 @@ impl Lifecycles {
     /// # Errors
     /// Never for the files of a release: a test reads them.
     pub fn embedded() -> anyhow::Result<&'static Self> {
-        Self::load(None, &[], &|_| None)
+        Self::load(None, &[], Amounts::Payable, &|_| None)
     }
 
     #[must_use]

@@ -3,6 +3,7 @@ use std::collections::HashSet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::order::Amounts;
 
 fn all() -> &'static Lifecycles {
     Lifecycles::embedded().unwrap()
@@ -87,13 +88,15 @@ fn topics_and_times_come_from_variables() {
         "PAYMENT_TIMEOUT" => Some("15m".to_owned()),
         _ => None,
     };
-    let set = Lifecycles::load(None, &["orders.events"], &variables).unwrap();
+    let set = Lifecycles::load(None, &["orders.events"], Amounts::Payable, &variables).unwrap();
     let payment = set.find("payment").unwrap();
     assert_eq!(payment.emits[0].topic, "elsewhere");
     assert_eq!(payment.timeout("PENDING"), Some(Duration::from_secs(900)));
     assert_eq!(find("payment").timeout("PENDING"), None);
     let clash = |_: &str| Some("orders.events".to_owned());
-    let error = Lifecycles::load(None, &["orders.events"], &|name| clash(name).filter(|_| name.ends_with("TOPIC")));
+    let error = Lifecycles::load(None, &["orders.events"], Amounts::Payable, &|name| {
+        clash(name).filter(|_| name.ends_with("TOPIC"))
+    });
     let error = error.unwrap_err().to_string();
     assert!(error.contains("receives[0].topic: orders.events is our own topic; let each"), "{error}");
 }
