@@ -76,7 +76,7 @@ pub struct ApiSettings {
     #[arg(long, env = "GRPC_PORT", value_name = "GRPC_PORT", default_value = "50051")]
     pub grpc_port: Listen,
     /// Port of the operators' routes (/admin), or address and port; off: none. Open on loopback only
-    #[arg(long, env = "ADMIN_PORT", value_name = "ADMIN_PORT", default_value = "127.0.0.1:9080", value_parser = admin_port)]
+    #[arg(long, env = "ADMIN_PORT", value_name = "ADMIN_PORT", default_value = "9080", value_parser = admin_port)]
     pub admin_port: Listen,
     /// What operators send as a bearer token; demanded where /admin is not on loopback
     #[arg(long, env = "ADMIN_TOKEN", value_name = "ADMIN_TOKEN", hide_env_values = true)]
@@ -212,7 +212,7 @@ pub enum AuthMode {
 /// A port alone is one of loopback: operators' routes are not for everybody.
 fn admin_port(text: &str) -> Result<Listen, String> {
     match text.strip_prefix(':').unwrap_or(text).parse::<u16>() {
-        Ok(port) => Ok(Listen::At(([127, 0, 0, 1], port).into())),
+        Ok(port) => Ok(Listen::Loopback(port)),
         Err(_) => text.parse(),
     }
 }

@@ -5,7 +5,7 @@ mod read;
 use std::{
     convert::Infallible,
     fmt,
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     ops::Deref,
     path::{Path, PathBuf},
     str::FromStr,
@@ -352,19 +352,22 @@ fn is_property(key: &str) -> bool {
 pub enum Listen {
     Off,
     At(SocketAddr),
+    /// At this port of 127.0.0.1 and of `::1`.
+    Loopback(u16),
 }
 
 impl FromStr for Listen {
     type Err = String;
 
-    /// `8080`, `:8080`, `127.0.0.1:8080`, `0` for a free one, or `off`.
+    /// `8080`, `:8080`, `127.0.0.1:8080`, `[::1]:8080`, `0` for a free one, or `off`. A port alone is one of all
+    /// interfaces, in both families.
     fn from_str(text: &str) -> Result<Self, String> {
         if text == "off" {
             return Ok(Self::Off);
         }
         let port = text.strip_prefix(':').unwrap_or(text);
         if let Ok(port) = port.parse::<u16>() {
-            return Ok(Self::At(SocketAddr::from(([0, 0, 0, 0], port))));
+            return Ok(Self::At((Ipv6Addr::UNSPECIFIED, port).into()));
         }
         text.parse()
             .map(Self::At)

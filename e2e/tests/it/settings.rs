@@ -150,6 +150,9 @@ async fn older_names_and_forms_of_settings_serve() {
             // A variable of a lifecycle.
             ("PAY_ORDER_TOPIC", "pay-order\n"),
             ("ADMIN_TOKEN_FILE", token.path()),
+            ("API_PORT", "0\n"),
+            ("GRPC_PORT", ":0"),
+            ("ADMIN_PORT", "0"),
             ("KAFKA_CONFIG_FILE", "\n"),
         ])
         .await;
@@ -160,6 +163,18 @@ async fn older_names_and_forms_of_settings_serve() {
         let bearer = format!("Bearer {given}");
         let reply = api.admin().send(Method::GET, "/admin/parked", &[("authorization", &bearer)], Bytes::new()).await;
         reply.expect("an answer").expect_status(status);
+    }
+    // A port alone is one of both families; of operators', on loopback.
+    let log = api.log();
+    let said = |name: &str| log.lines().filter_map(|line| line.strip_prefix(name)).collect::<Vec<_>>();
+    let (http, grpc, admin) = (said("http: listening on "), said("grpc: listening on "), said("admin: listening on "));
+    for (addresses, starts) in [(&http, &["[::]:"][..]), (&grpc, &["[::]:"]), (&admin, &["127.0.0.1:", "[::1]:"])] {
+        let port = addresses[0].rsplit(':').next().expect("a port");
+        let expected: Vec<String> = starts.iter().map(|start| format!("{start}{port}")).collect();
+        assert_eq!(*addresses, expected, "{log}");
+        for address in ["127.0.0.1", "[::1]"] {
+            tokio::net::TcpStream::connect(format!("{address}:{port}")).await.expect("a connection");
+        }
     }
     // Whatever reads the database reads the file.
     for (binary, command) in

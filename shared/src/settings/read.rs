@@ -282,7 +282,7 @@ fn discreet(mut error: clap::Error, command: &Command, flags: &HashMap<String, S
 
 #[cfg(test)]
 mod tests {
-    use std::{net::SocketAddr, str::FromStr as _};
+    use std::{net::Ipv6Addr, str::FromStr as _};
 
     use super::super::{DbSettings, KafkaSettings, Listen};
     use super::*;
@@ -308,7 +308,7 @@ mod tests {
     #[test]
     fn a_flag_counts_before_the_environment_and_that_before_the_file() {
         let port = |flags, environment, dotenv| settings(flags, environment, dotenv).unwrap().api_port;
-        let at = |port| Listen::At(SocketAddr::from(([0, 0, 0, 0], port)));
+        let at = |port| Listen::At((Ipv6Addr::UNSPECIFIED, port).into());
         assert_eq!(port(&[], &[], &[]), at(8080));
         assert_eq!(port(&[], &[], &[("API_PORT", "1")]), at(1));
         assert_eq!(port(&[], &[("PORT", ":2")], &[("API_PORT", "1")]), at(2));
@@ -320,7 +320,7 @@ mod tests {
     fn a_setting_without_a_value_is_as_good_as_none() {
         let read = settings(&[], &[], &[("API_PORT", ""), ("PORT", "7"), ("LIFECYCLES_DIR", ""), ("DB_MAX_CONNS", "")]);
         let read = read.unwrap();
-        assert_eq!(read.api_port, Listen::At(SocketAddr::from(([0, 0, 0, 0], 7))));
+        assert_eq!(read.api_port, Listen::At((Ipv6Addr::UNSPECIFIED, 7).into()));
         assert_eq!((read.kafka.lifecycles_dir, read.db.db_max_conns), (None, 10));
     }
 
