@@ -181,24 +181,48 @@ make_certificates() {
 
 # --- Settings -----------------------------------------------------------------------------------
 
-# setting NAME ALIAS…: the first that the environment has, else the first that .env has. Empty
-# counts as absent.
+# setting NAME ALIAS…: the first that the environment has, else the first that .env has; each may be the
+# content of the file that NAME_FILE names. Without blanks at its ends; empty counts as absent.
 setting() {
-  local name value
-  for name in "$@"; do
-    value=${!name-}
-    [ -z "$value" ] || { echo "$value"; return; }
+  local place name value file
+  for place in of_environment of_dotenv; do
+    for name in "$@"; do
+      value=$(trimmed "$("$place" "$name")")
+      if [ -z "$value" ]; then
+        file=$(trimmed "$("$place" "${name}_FILE")")
+        [ -z "$file" ] || value=$(cd "$root" && trimmed "$(cat "$file" 2>/dev/null)") || value=
+      fi
+      [ -z "$value" ] || { echo "$value"; return; }
+    done
   done
+}
+
+of_environment() { printf '%s' "${!1-}"; }
+
+of_dotenv() {
+  local value
   [ -f "$root/.env" ] || return 0
-  for name in "$@"; do
-    value=$(sed -nE "s/^[[:space:]]*(export[[:space:]]+)?${name}[[:space:]]*=[[:space:]]*//p" "$root/.env" | head -n 1 | tr -d '\r')
-    case $value in
-    \"*) value=${value#\"} value=${value%%\"*} ;;
-    \'*) value=${value#\'} value=${value%%\'*} ;;
-    *) value=$(sed -E 's/[[:space:]]+#.*$//; s/[[:space:]]+$//' <<<"$value") ;;
-    esac
-    [ -z "$value" ] || { echo "$value"; return; }
-  done
+  value=$(sed -nE "1s/^\xef\xbb\xbf//; s/^[[:space:]]*(export[[:space:]]+)?${1}[[:space:]]*=[[:space:]]*//p" "$root/.env" | head -n 1)
+  case $value in
+  \"*) value=${value#\"} value=${value%%\"*} ;;
+  \'*) value=${value#\'} value=${value%%\'*} ;;
+  *) value=$(sed -E 's/[[:space:]]+#.*$//' <<<"$value") ;;
+  esac
+  printf '%s' "$value"
+}
+
+trimmed() {
+  local value=${1#$'\xef\xbb\xbf'}
+  value=${value#"${value%%[![:space:]]*}"}
+  printf '%s' "${value%"${value##*[![:space:]]}"}"
+}
+
+# shown_dsn DSN: without what may be secret in it.
+shown_dsn() {
+  case $1 in
+  *://*) sed -E 's#//.*@#//…@#; s/\?.*//' <<<"$1" ;;
+  *) echo 'the server of your settings' ;;
+  esac
 }
 
 # Exports the KEY=value lines of a file. Not `source`: values are not quoted for a shell.
@@ -285,6 +309,7 @@ target_folder() {
 # which a bare machine lacks.
 http_status() {
   local host=${1%:*} port=${1##*:} code _
+  host=${host#[} host=${host%]}
   code=$(
     exec 2>/dev/null
     exec 5<>"/dev/tcp/$host/$port" || exit 0

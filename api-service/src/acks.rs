@@ -108,7 +108,8 @@ async fn listen_once(
             ("fetch.queue.backoff.ms", "5"),
         ],
     );
-    let consumer: StreamConsumer<Context> = config.create_with_context(Context::default()).context("KAFKA_CONFIG")?;
+    let consumer: StreamConsumer<Context> =
+        config.create_with_context(Context::default()).map_err(|error| settings.kafka_config.refusal(error))?;
     let consumer = Arc::new(consumer);
     let topic = address.topic.clone();
     // The end is asked for now, not found later by the consumer: answers to requests that are

@@ -1,12 +1,12 @@
 //! The settings of `api-service`.
 
-use std::{convert::Infallible, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use shared::{
     order,
-    settings::{self, CacheSettings, DbSettings, KafkaSettings, Listen},
+    settings::{self, CacheSettings, DbSettings, KafkaSettings, Listen, Secret},
 };
 
 use crate::{
@@ -76,7 +76,7 @@ pub struct ApiSettings {
     #[arg(long, env = "GRPC_PORT", value_name = "GRPC_PORT", default_value = "50051")]
     pub grpc_port: Listen,
     /// Port of the operators' routes (/admin), or address and port; off: none. Open on loopback only
-    #[arg(long, env = "ADMIN_PORT", value_name = "ADMIN_PORT", default_value = "127.0.0.1:9080", value_parser = admin_port)]
+    #[arg(long, env = "ADMIN_PORT", value_name = "ADMIN_PORT", default_value = "9080", value_parser = admin_port)]
     pub admin_port: Listen,
     /// What operators send as a bearer token; demanded where /admin is not on loopback
     #[arg(long, env = "ADMIN_TOKEN", value_name = "ADMIN_TOKEN", hide_env_values = true)]
@@ -192,8 +192,8 @@ impl LimitSettings {
 pub struct PriceSettings {
     /// Service that knows the prices of items posted to /api/orders without one; by default each
     /// item must have its own
-    #[arg(long, env = "PRODUCT_SERVICE_URL", value_name = "PRODUCT_SERVICE_URL")]
-    pub product_service_url: Option<String>,
+    #[arg(long, env = "PRODUCT_SERVICE_URL", value_name = "PRODUCT_SERVICE_URL", hide_env_values = true)]
+    pub product_service_url: Option<Secret>,
     /// How long the prices of an order may take, all tries together
     #[arg(long, env = "PRODUCT_SERVICE_TIMEOUT", value_name = "PRODUCT_SERVICE_TIMEOUT", default_value = "2s", value_parser = settings::duration)]
     pub product_service_timeout: Duration,
@@ -209,28 +209,10 @@ pub enum AuthMode {
     Jwt,
 }
 
-/// Shown to nobody.
-#[derive(Clone)]
-pub struct Secret(Arc<str>);
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("…")
-    }
-}
-
-impl FromStr for Secret {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(Self(text.into()))
-    }
-}
-
 /// A port alone is one of loopback: operators' routes are not for everybody.
 fn admin_port(text: &str) -> Result<Listen, String> {
     match text.strip_prefix(':').unwrap_or(text).parse::<u16>() {
-        Ok(port) => Ok(Listen::At(([127, 0, 0, 1], port).into())),
+        Ok(port) => Ok(Listen::Loopback(port)),
         Err(_) => text.parse(),
     }
 }
@@ -246,6 +228,10 @@ impl Config {
         self.identity()?;
         self.limits.quota()?;
         self.prices.open()?;
+        // As it must stand in a header.
+        if self.admin_token().is_some_and(|token| token.contains(char::is_control)) {
+            bail!("ADMIN_TOKEN has a line break, or another control character, within");
+        }
         if let Listen::At(address) = self.api.admin_port
             && !address.ip().is_loopback()
             && self.admin_token().is_none()
@@ -263,7 +249,7 @@ impl Config {
             bail!("MAX_BODY_BYTES=0 would take no order");
         }
         if let Err(reason) = order::currency(&self.api.default_currency) {
-            bail!("DEFAULT_CURRENCY=\"{}\" {reason}", self.api.default_currency);
+            bail!("DEFAULT_CURRENCY={:?} {reason}", self.api.default_currency);
         }
         // An order's items and its payload may each have come in a body of their own.
         let event = self.api.max_body_bytes.saturating_mul(2).saturating_add(EVENT_OVERHEAD);
@@ -277,7 +263,7 @@ impl Config {
         }
         let lifecycles = self.kafka.lifecycles()?;
         let Some(lifecycle) = lifecycles.find(&self.api.default_lifecycle) else {
-            bail!("DEFAULT_LIFECYCLE=\"{}\" is not one of {}", self.api.default_lifecycle, lifecycles.names());
+            bail!("DEFAULT_LIFECYCLE={:?} is not one of {}", self.api.default_lifecycle, lifecycles.names());
         };
         Ok(Defaults { lifecycles, lifecycle, currency: self.api.default_currency.clone() })
     }
@@ -303,7 +289,7 @@ impl Config {
     }
 
     pub(crate) fn admin_token(&self) -> Option<Arc<str>> {
-        self.api.admin_token.as_ref().map(|Secret(token)| token.clone()).filter(|token| !token.is_empty())
+        Secret::given(self.api.admin_token.as_ref())
     }
 
     fn max_message_bytes(&self) -> usize {
@@ -326,8 +312,8 @@ impl PriceSettings {
     /// # Errors
     /// Naming the setting that is to be changed.
     pub(crate) fn open(&self) -> anyhow::Result<Option<Prices>> {
-        let Some(url) = given(&self.product_service_url) else { return Ok(None) };
-        let prices = Prices::new(url, self.product_service_timeout, self.product_cache_ttl);
+        let Some(url) = Secret::given(self.product_service_url.as_ref()) else { return Ok(None) };
+        let prices = Prices::new(&url, self.product_service_timeout, self.product_cache_ttl);
         // Without the value: it may hold a password.
         prices.context("PRODUCT_SERVICE_URL").map(Some)
     }
@@ -338,7 +324,7 @@ impl AuthSettings {
     fn of_tokens(&self) -> Option<&'static str> {
         let is_given = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| !path.as_os_str().is_empty());
         [
-            ("JWT_SECRET", self.jwt_secret.as_ref().is_some_and(|Secret(secret)| !secret.is_empty())),
+            ("JWT_SECRET", Secret::given(self.jwt_secret.as_ref()).is_some()),
             ("JWT_KEY_FILE", is_given(&self.jwt_key_file)),
             ("JWT_JWKS_FILE", is_given(&self.jwt_jwks_file)),
             ("JWT_ISSUER", given(&self.jwt_issuer).is_some()),
@@ -349,7 +335,7 @@ impl AuthSettings {
     }
 
     fn source(&self) -> anyhow::Result<Source> {
-        let secret = self.jwt_secret.as_ref().map(|Secret(secret)| secret.clone()).filter(|secret| !secret.is_empty());
+        let secret = Secret::given(self.jwt_secret.as_ref());
         let file = |path: &Option<PathBuf>| path.clone().filter(|path| !path.as_os_str().is_empty());
         match (secret, file(&self.jwt_key_file), file(&self.jwt_jwks_file)) {
             (Some(secret), None, None) => Ok(Source::Secret(secret)),

@@ -68,16 +68,22 @@ const LAST_ACTS: Duration = Duration::from_secs(2);
 const BODIES_KIB: usize = 64 * 1024;
 const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Serves on `listener`, gRPC on `grpc`, and operators on `admin`, until `shutdown`; then finishes what has begun.
+/// Where callers come in, by what they speak.
+pub struct Listeners {
+    pub http: Vec<TcpListener>,
+    pub grpc: Vec<TcpListener>,
+    /// For operators.
+    pub admin: Vec<TcpListener>,
+}
+
+/// Serves on the listeners until `shutdown`; then finishes what has begun.
 ///
 /// # Errors
 /// When the settings contradict each other, the database has a schema that is not ours, or a part
 /// of the process died.
 pub async fn run(
     config: Config,
-    listener: TcpListener,
-    grpc: Option<TcpListener>,
-    admin: Option<TcpListener>,
+    listeners: Listeners,
     metrics: PrometheusHandle,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
@@ -124,11 +130,12 @@ pub async fn run(
     });
     let deleter = path.handle().spawn(deleter);
 
-    let admin = admin.map(|listener| {
-        let admin = http::admin::Admin { db: db.clone(), lifecycles: defaults.lifecycles, token: config.admin_token() };
+    let admin = http::admin::Admin { db: db.clone(), lifecycles: defaults.lifecycles, token: config.admin_token() };
+    let (admin, mut operating) = (http::admin::router(admin), JoinSet::new());
+    for listener in listeners.admin {
         let stop = server::Stop { leaving: leaving.clone(), grace: Duration::ZERO, timeout: LAST_ACTS };
-        tokio::spawn(server::serve("admin", listener, http::admin::router(admin), stop))
-    });
+        operating.spawn(server::serve("admin", listener, admin.clone(), stop));
+    }
     let orders = Orders {
         db,
         cache,
@@ -162,10 +169,15 @@ pub async fn run(
     let patience = timeout.saturating_sub(LAST_ACTS).max(grace);
     let end = server::Stop { leaving: leaving.clone(), grace, timeout: timeout.saturating_sub(LAST_ACTS / 2) };
     let mut serving = JoinSet::new();
-    if let Some(listener) = grpc {
-        serving.spawn(server::serve_http2("grpc", listener, grpc::router(app.clone())?, end.clone()));
+    let (grpc, http) = (grpc::router(app.clone())?, http::service(app));
+    for listener in listeners.grpc {
+        serving.spawn(server::serve_http2("grpc", listener, grpc.clone(), end.clone()));
     }
-    serving.spawn(server::serve("http", listener, http::service(app), end));
+    for listener in listeners.http {
+        serving.spawn(server::serve("http", listener, http.clone(), end.clone()));
+    }
+    // The writers end with the last of those who use them.
+    drop((grpc, http));
 
     let failed = tokio::select! {
         () = shutdown => None,
@@ -192,9 +204,7 @@ pub async fn run(
     drop(outbox);
     let _ = tokio::time::timeout_at(deadline, async {
         while vital.join_next().await.is_some() {}
-        if let Some(admin) = admin {
-            let _ = admin.await;
-        }
+        while operating.join_next().await.is_some() {}
         deleter.await
     })
     .await;

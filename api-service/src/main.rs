@@ -3,9 +3,13 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use api_service::config::{Cli, Command, Config};
+use api_service::{
+    Listeners,
+    config::{Cli, Command, Config},
+};
 use shared::{
     db,
+    server::bind,
     settings::{self, Listen},
     shutdown, telemetry,
 };
@@ -31,19 +35,16 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     telemetry::log(&config.kafka.service)?;
     let metrics = telemetry::metrics()?;
     let shutdown = shutdown::requested().context("listening for signals")?;
-    let Listen::At(address) = config.api.api_port else {
+    let Config { api, .. } = &config;
+    if api.api_port == Listen::Off {
         anyhow::bail!("API_PORT=off: orders come in there, so it cannot be off; 0 takes a free port");
+    }
+    let listeners = Listeners {
+        grpc: bind("grpc", "GRPC_PORT", api.grpc_port).await?,
+        http: bind("http", "API_PORT", api.api_port).await?,
+        admin: bind("admin", "ADMIN_PORT", api.admin_port).await?,
     };
-    let grpc = match config.api.grpc_port {
-        Listen::Off => None,
-        Listen::At(address) => Some(shared::server::bind("grpc", "GRPC_PORT", address).await?),
-    };
-    let listener = shared::server::bind("http", "API_PORT", address).await?;
-    let admin = match config.api.admin_port {
-        Listen::Off => None,
-        Listen::At(address) => Some(shared::server::bind("admin", "ADMIN_PORT", address).await?),
-    };
-    api_service::run(config, listener, grpc, admin, metrics, shutdown).await
+    api_service::run(config, listeners, metrics, shutdown).await
 }
 
 async fn migrate(config: Config) -> anyhow::Result<()> {

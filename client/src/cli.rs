@@ -2,6 +2,7 @@
 //! all else on standard error.
 
 use std::{
+    ffi::OsString,
     io::Read as _,
     num::NonZeroUsize,
     path::{Path, PathBuf},
@@ -10,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, parser::ValueSource};
 use clap_complete::Shell;
 use hyper::{HeaderMap, Method, StatusCode, header::HeaderValue};
 use serde::de::DeserializeOwned;
@@ -60,6 +61,9 @@ struct Connection {
     /// Sent as a bearer token
     #[arg(long, global = true, env = "ORDERSTREAM_TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// File whose content is the token
+    #[arg(long, global = true, env = "ORDERSTREAM_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
     /// JSON as the service gives it, instead of text for people; a list one order a line
     #[arg(long, global = true)]
     json: bool,
@@ -153,18 +157,60 @@ struct Filter {
     limit: NonZeroUsize,
 }
 
+impl Cli {
+    /// The command line, and the environment where that says nothing.
+    ///
+    /// # Errors
+    /// When it makes no sense, or asks for help.
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let matches = Self::command().try_get_matches_from(args)?;
+        let mut cli = Self::from_arg_matches(&matches)?;
+        let is_flag = |name| matches.value_source(name) == Some(ValueSource::CommandLine);
+        match (is_flag("token"), is_flag("token_file")) {
+            (true, false) => cli.connection.token_file = None,
+            (false, true) => cli.connection.token = None,
+            _ => {}
+        }
+        Ok(cli)
+    }
+}
+
+impl Connection {
+    fn service(self) -> anyhow::Result<Service> {
+        let token = match (given(self.token), self.token_file.filter(|path| !path.as_os_str().is_empty())) {
+            (Some(_), Some(_)) => bail!("ORDERSTREAM_TOKEN and ORDERSTREAM_TOKEN_FILE are both given; leave one out"),
+            (token, None) => token,
+            // Without the path, in whose place somebody may have put the token.
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path).context("cannot read the file of ORDERSTREAM_TOKEN_FILE")?;
+                Some(given(Some(text)).context("the file of ORDERSTREAM_TOKEN_FILE is empty")?)
+            }
+        };
+        Service::new(trimmed(&self.url), &Identity { user: given(self.user), role: given(self.role), token })
+    }
+}
+
+/// Without what `echo` and editors leave at the ends of a setting.
+fn trimmed(text: &str) -> &str {
+    text.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}')
+}
+
+fn given(text: Option<String>) -> Option<String> {
+    text.map(|text| trimmed(&text).to_owned()).filter(|text| !text.is_empty())
+}
+
 /// Carries out what was asked; was all of it?
 ///
 /// # Errors
 /// Saying what failed, in the service's words where it refused.
 pub async fn run(cli: Cli) -> anyhow::Result<bool> {
-    let Cli { connection: Connection { url, user, role, token, json }, command } = cli;
+    let Cli { connection, command } = cli;
     if let Command::Completions { shell } = command {
         clap_complete::generate(shell, &mut Cli::command(), "orderstream", &mut std::io::stdout());
         return Ok(true);
     }
-    let given = |text: Option<String>| text.filter(|text| !text.is_empty());
-    let service = Service::new(&url, &Identity { user: given(user), role: given(role), token: given(token) })?;
+    let json = connection.json;
+    let service = connection.service()?;
     match command {
         Command::Create { file, wait, key } => create(&service, &file, wait, key.as_deref(), json).await?,
         Command::Get { id, user } => {
@@ -321,6 +367,27 @@ mod tests {
         let said = "422: The request breaks rules\n  /created_from must be a time\n  /limit must be less";
         let told = "422: The request breaks rules\n  --from must be a time\n  --limit must be less";
         assert_eq!(in_flags(anyhow!(said)).to_string(), told);
+    }
+
+    #[test]
+    fn what_is_around_a_setting_is_none_of_it_and_a_token_comes_from_a_file_too() {
+        let service = |args: &[&str]| {
+            let args = ["orderstream", "list"].iter().chain(args).map(OsString::from);
+            Cli::read(args).expect("arguments").connection.service()
+        };
+        let good = service(&["--url", " http://a/\r\n", "--token", "\u{feff}t\n", "--role=\n"]).expect("a service");
+        assert_eq!(good.url(), "http://a");
+        let path = std::env::temp_dir().join(format!("orderstream-token-{}", std::process::id()));
+        std::fs::write(&path, "t\n").expect("written");
+        let path = path.to_str().expect("a path");
+        service(&["--token-file", path]).expect("a service");
+        assert!(service(&["--token-file", path, "--token=s3cret"]).is_err());
+        std::fs::write(path, " \n").expect("written");
+        for file in [path, "s3cret"] {
+            let told = format!("{:#}", service(&["--token-file", file]).err().expect("a refusal"));
+            assert!(told.contains("ORDERSTREAM_TOKEN_FILE") && !told.contains("s3cret"), "{told}");
+        }
+        std::fs::remove_file(path).expect("removed");
     }
 
     #[test]

@@ -70,6 +70,10 @@ impl Service {
     /// # Errors
     /// When the URL is none, or there is nothing to check `https` with.
     pub fn new(url: &str, identity: &Identity) -> anyhow::Result<Self> {
+        // Without the URL, which is told wherever it is of use.
+        if url.contains('@') {
+            bail!("the service's URL (--url, ORDERSTREAM_URL) has a user or a password in it; --token says who asks");
+        }
         let uri: Uri = url.parse().with_context(|| format!("{url:?} is not a URL"))?;
         if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
             bail!("{url:?} is not the URL of a service; write http://host:port or https://host");
@@ -270,6 +274,7 @@ mod tests {
             ("ftp://a", "http://host:port"),
             ("", "not a URL"),
             ("http://a/?b=c", "has a query"),
+            ("http://u:p@a", "--token"),
         ] {
             let error = Service::new(url, &Identity::default()).err().expect(url);
             assert!(format!("{error:#}").contains(says), "{url:?} gave {error:#}");

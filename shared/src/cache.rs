@@ -15,7 +15,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use redis::{
     Client, ErrorKind, ExistenceCheck, RedisError, ServerErrorKind, SetExpiry, SetOptions,
     aio::{ConnectionManager, ConnectionManagerConfig},
@@ -26,7 +26,8 @@ use uuid::Uuid;
 
 use crate::{
     backoff::{Backoff, Seldom},
-    settings::CacheSettings,
+    dsn,
+    settings::{CacheSettings, Secret},
 };
 
 /// How long a mark stays, and how long a reader may have taken that keeps what it read.
@@ -78,6 +79,15 @@ struct Redis {
     forgetting: Mutex<Health>,
 }
 
+/// The URL of an address, unless its password may be meant otherwise.
+fn url(address: &str) -> anyhow::Result<String> {
+    let (scheme, rest) = address.split_once("://").unwrap_or(("redis", address));
+    if dsn::address(rest)?.query.contains('@') {
+        bail!("cannot be read: an @ of its password is written %40, a # %23, and a ? %3F");
+    }
+    Ok(format!("{scheme}://{rest}"))
+}
+
 /// Whether Redis is asked.
 struct Health {
     rest: Backoff,
@@ -97,11 +107,9 @@ impl Cache {
     /// # Errors
     /// When the address makes no sense; without it, since there may be a password in it.
     pub fn open(settings: &CacheSettings) -> anyhow::Result<Self> {
-        let Some(address) = settings.redis_addr.as_deref().filter(|address| !address.is_empty()) else {
-            return Ok(Self(None));
-        };
-        let url = if address.contains("://") { address.to_owned() } else { format!("redis://{address}") };
-        let client = Client::open(url).context("REDIS_ADDR is no host:port, and no redis:// or rediss:// URL")?;
+        let Some(address) = Secret::given(settings.redis_addr.as_ref()) else { return Ok(Self(None)) };
+        let client = Client::open(url(&address).context("REDIS_ADDR")?)
+            .context("REDIS_ADDR is no host:port, and no redis:// or rediss:// URL")?;
         let connection = Mutex::new((connect(&client).context("REDIS_ADDR")?, 0));
         let (reading, forgetting) = Default::default();
         Ok(Self(Some(Arc::new(Redis { client, connection, ttl: settings.cache_ttl, reading, forgetting }))))

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use bb8::ManageConnection;
 use bb8_postgres::PostgresConnectionManager;
 use refinery_core::Migration;
@@ -31,6 +31,8 @@ pub use self::presence::Presence;
 use self::presence::Watched;
 use crate::{
     backoff::{Backoff, Seldom},
+    dsn,
+    telemetry::one_line,
     tls,
 };
 
@@ -387,11 +389,7 @@ fn pool(
     runtime: &Handle,
     watched: &Arc<Watched>,
 ) -> anyhow::Result<Pool> {
-    let (dsn, tls) = tls::of_dsn(dsn)?;
-    let mut config: tokio_postgres::Config = dsn.parse().context("POSTGRES_DSN is not valid")?;
-    if config.get_hosts().is_empty() {
-        bail!("POSTGRES_DSN names no host");
-    }
+    let (mut config, tls) = dsn::read(dsn).context("POSTGRES_DSN")?;
     if config.get_application_name().is_none() {
         config.application_name(application);
     }
@@ -438,12 +436,13 @@ fn server(config: &tokio_postgres::Config) -> Arc<str> {
     let ports = config.get_ports();
     let port = |index| ports.get(index).or(ports.first()).copied().unwrap_or(USUAL_PORT);
     let hosts = config.get_hosts().iter().enumerate().map(|(index, host)| match host {
+        Host::Tcp(name) if name.contains(':') => format!("[{name}]:{}", port(index)),
         Host::Tcp(name) => format!("{name}:{}", port(index)),
         Host::Unix(path) => format!("{}:{}", path.display(), port(index)),
     });
     let user = config.get_user().unwrap_or_default();
     let database = config.get_dbname().unwrap_or(user);
-    format!("{}/{database} as {user}", hosts.collect::<Vec<_>>().join(",")).into()
+    one_line(&format!("{}/{database} as {user}", hosts.collect::<Vec<_>>().join(","))).into()
 }
 
 /// An outage is many failed attempts by many who want a connection: told now and then.

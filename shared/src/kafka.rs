@@ -266,7 +266,8 @@ impl Client {
                 ("queue.buffering.max.kbytes", "32768"),
             ],
         );
-        let producer = config.create_with_context(context.clone()).context("KAFKA_CONFIG")?;
+        let producer =
+            config.create_with_context(context.clone()).map_err(|error| settings.kafka_config.refusal(error))?;
         Ok(Self { config, current: RwLock::new(producer) })
     }
 
@@ -332,7 +333,8 @@ pub fn is_of_topic(error: &KafkaError) -> bool {
 /// When no broker answers, or it refuses to make a topic.
 pub async fn ensure_topics(settings: &KafkaSettings, topics: &[&str]) -> anyhow::Result<()> {
     let config = client_config(settings, &[]);
-    let admin: AdminClient<Context> = config.create_with_context(Context::default()).context("KAFKA_CONFIG")?;
+    let admin: AdminClient<Context> =
+        config.create_with_context(Context::default()).map_err(|error| settings.kafka_config.refusal(error))?;
     let admin = Arc::new(admin);
     let known = copies_by_topic(&admin).await?;
     let missing: Vec<_> = topics.iter().filter(|topic| !known.contains_key(**topic)).collect();

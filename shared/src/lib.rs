@@ -4,6 +4,7 @@
 pub mod backoff;
 pub mod cache;
 pub mod db;
+mod dsn;
 pub mod emission;
 pub mod kafka;
 pub mod lifecycle;

@@ -1,6 +1,12 @@
 //! Serves HTTP, 1.1 or 2, on a listener until it is told to stop, and then answers what has begun.
 
-use std::{convert::Infallible, io::ErrorKind, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io::{self, ErrorKind},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     body::Body,
@@ -15,6 +21,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
 };
+use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
@@ -23,6 +30,8 @@ use tokio::{
 use tokio_io_timeout::TimeoutStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Service, ServiceExt as _};
+
+use crate::settings::Listen;
 
 /// A connection on which no whole request arrives in this time is closed: as long as nginx keeps an
 /// idle one, since a client's pool may use it at that very moment.
@@ -175,7 +184,7 @@ async fn serve_with(name: &'static str, listener: TcpListener, app: impl App, st
             biased;
             () = &mut deadline => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, address)) => serve_one(stream, Peer(address.ip())),
+                Ok((stream, address)) => serve_one(stream, Peer(address.ip().to_canonical())),
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     tracing::warn!(%error, server = name, "cannot accept a connection");
@@ -190,7 +199,7 @@ async fn serve_with(name: &'static str, listener: TcpListener, app: impl App, st
     let closing = Instant::now() + CLOSING;
     while let Ok(accepted) = timeout_at(closing, listener.accept()).await {
         match accepted {
-            Ok((stream, address)) => serve_one(stream, Peer(address.ip())),
+            Ok((stream, address)) => serve_one(stream, Peer(address.ip().to_canonical())),
             Err(error) => tracing::debug!(%error, server = name, "cannot accept one of the last connections"),
         }
     }
@@ -222,7 +231,7 @@ fn refuse_new(listener: &TcpListener) {
         SockFilter::new(0x06, 0, 0, 0),        // drop the packet
         SockFilter::new(0x06, 0, 0, u32::MAX), // keep all of it
     ];
-    if let Err(error) = socket2::SockRef::from(listener).attach_filter(&without_syn) {
+    if let Err(error) = SockRef::from(listener).attach_filter(&without_syn) {
         tracing::debug!(%error, "new connections may be reset when the listener closes");
     }
 }
@@ -235,30 +244,75 @@ fn closing(mut response: Response) -> Response {
     response
 }
 
-/// Binds, and says on stdout where, as `name`: with port 0 nobody could know otherwise.
+/// Binds where a setting says, and says on stdout where that is, as `name`: with port 0 nobody could know
+/// otherwise. All interfaces are those of both families, where the system has both.
 ///
 /// # Errors
 /// When the address is taken; the message names it and the setting to change.
-pub async fn bind(name: &str, setting: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
-    use anyhow::Context as _;
-    let listen = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+pub async fn bind(name: &str, setting: &str, listen: Listen) -> anyhow::Result<Vec<TcpListener>> {
+    let listeners = match listen {
+        Listen::Off => Vec::new(),
+        Listen::At(address) => vec![listener(address).map_err(|error| taken(setting, address, error))?],
+        Listen::Loopback(port) => on_loopback(setting, port)?,
+    };
+    for listener in &listeners {
+        println!("{name}: listening on {}", listener.local_addr()?);
+    }
+    Ok(listeners)
+}
+
+fn taken(setting: &str, address: SocketAddr, error: io::Error) -> anyhow::Error {
+    let what = format!("cannot listen on {address}; set {setting} to another port, or to 0 for a free one");
+    anyhow::Error::new(error).context(what)
+}
+
+/// The same port in both families; a free one may take some attempts.
+fn on_loopback(setting: &str, port: u16) -> anyhow::Result<Vec<TcpListener>> {
+    const ATTEMPTS: usize = 20;
+    let refused = |address: SocketAddr| move |error| taken(setting, address, error);
+    let mut attempt = 1;
+    loop {
+        let address = (Ipv4Addr::LOCALHOST, port).into();
+        let first = listener(address).map_err(refused(address))?;
+        let address = (Ipv6Addr::LOCALHOST, first.local_addr()?.port()).into();
+        match listener(address) {
+            Ok(second) => return Ok(vec![first, second]),
+            Err(error) if is_without_ipv6(&error) => return Ok(vec![first]),
+            Err(_) if port == 0 && attempt < ATTEMPTS => attempt += 1,
+            Err(error) => return Err(taken(setting, address, error)),
+        }
+    }
+}
+
+fn listener(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let bound = socket.and_then(|socket| {
+        if address.ip() == Ipv6Addr::UNSPECIFIED {
+            // Whatever the system's default is.
+            SockRef::from(&socket).set_only_v6(false)?;
+        }
         // As a restart needs it: connections of the last process may linger.
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         socket.listen(BACKLOG)
-    };
-    let listener = listen().with_context(|| {
-        format!("cannot listen on {address}; set {setting} to another port, or to 0 for a free one")
-    })?;
-    println!("{name}: listening on {}", listener.local_addr()?);
-    Ok(listener)
+    });
+    match bound {
+        Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && is_without_ipv6(&error) => {
+            listener((Ipv4Addr::UNSPECIFIED, address.port()).into())
+        }
+        bound => bound,
+    }
+}
+
+/// A system that was built or started without IPv6 has no such sockets; one where it is switched off has no
+/// address for them.
+fn is_without_ipv6(error: &io::Error) -> bool {
+    const EAFNOSUPPORT: i32 = if cfg!(target_os = "linux") { 97 } else { 47 };
+    error.kind() == ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(EAFNOSUPPORT)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, Ipv6Addr};
-
     use tokio::task::JoinSet;
 
     use super::*;
@@ -267,9 +321,26 @@ mod tests {
     const BURST: usize = 500;
 
     #[tokio::test]
+    async fn a_port_alone_is_one_of_both_families() {
+        for (listen, count) in [("0".parse().expect("a port"), 1), (Listen::Loopback(0), 2)] {
+            let listeners = bind("test", "TEST_PORT", listen).await.expect("a listener");
+            assert_eq!(listeners.len(), count);
+            let port = listeners[0].local_addr().expect("its address").port();
+            for address in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+                TcpStream::connect((address, port)).await.expect("a connection");
+            }
+            // Of a family alone, beside it or not, it is taken.
+            for listen in [Listen::Loopback(port), format!("[::1]:{port}").parse().expect("an address")] {
+                let told = format!("{:#}", bind("test", "TEST_PORT", listen).await.expect_err("taken"));
+                assert!(told.contains("TEST_PORT") && told.contains(&format!(":{port};")), "{told}");
+            }
+        }
+    }
+
+    #[tokio::test]
     async fn a_burst_of_callers_is_let_in_though_none_is_accepted_yet() {
         for address in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
-            let listener = bind("test", "TEST_PORT", (address, 0).into()).await.expect("a listener");
+            let listener = listener((address, 0).into()).expect("a listener");
             let to = listener.local_addr().expect("its address");
             let mut callers = JoinSet::new();
             for _ in 0..BURST {

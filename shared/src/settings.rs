@@ -1,38 +1,64 @@
-//! Settings from flags, the environment and `.env`, in this order, under the names of DESIGN 8.
-//! clap reads flags and environment; what it cannot know (older names, `.env`) is put before the
-//! flags, which therefore win.
+//! The settings that both binaries have, and what their values may be.
+
+mod read;
 
 use std::{
-    collections::HashMap,
-    ffi::OsString,
-    net::SocketAddr,
+    convert::Infallible,
+    fmt,
+    net::{Ipv6Addr, SocketAddr},
+    ops::Deref,
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
 
-use anyhow::bail;
-use clap::{ArgAction, Args, Parser};
+use anyhow::{Context as _, anyhow, bail};
+use clap::Args;
+use rdkafka::{error::KafkaError, types::RDKafkaConfRes};
 
 use crate::{
     db::PoolSettings,
+    dsn,
     lifecycle::{Lifecycle, Lifecycles},
     order::Amounts,
 };
+pub use read::{parse, parse_from, variables};
 
-/// Names that the five seed systems use for the same thing.
-const OLDER_NAMES: &[(&str, &str)] = &[
-    ("DATABASE_URL", "POSTGRES_DSN"),
-    ("DB_CONNECTION_STRING", "POSTGRES_DSN"),
-    ("DB_DSN", "POSTGRES_DSN"),
-    ("KAFKA_BROKER", "KAFKA_BROKERS"),
-    ("PORT", "API_PORT"),
-    ("SERVER_PORT", "API_PORT"),
-    ("HTTP_PORT", "API_PORT"),
-    ("METRICS_PORT", "WORKER_PORT"),
-    ("OTEL_SERVICE_NAME", "SERVICE_NAME"),
-    ("REDIS_URL", "REDIS_ADDR"),
-];
+/// A setting that may be, or hold, a password: shown to nobody, and taken from a file too (its name with `_FILE`,
+/// for each whose value `--help` hides).
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Arc<str>);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+impl FromStr for Secret {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(Self(text.into()))
+    }
+}
+
+impl Deref for Secret {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Secret {
+    /// What is given, where something is.
+    #[must_use]
+    pub fn given(setting: Option<&Self>) -> Option<Arc<str>> {
+        setting.filter(|secret| !secret.is_empty()).map(|Self(text)| text.clone())
+    }
+}
 
 /// Where PostgreSQL is.
 #[derive(Args, Clone, Debug)]
@@ -46,7 +72,7 @@ pub struct DbSettings {
         hide_env_values = true,
         default_value = "postgres://postgres:postgres@127.0.0.1:5432/orderstream"
     )]
-    pub postgres_dsn: String,
+    pub postgres_dsn: Secret,
     /// Most connections
     #[arg(long, env = "DB_MAX_CONNS", value_name = "DB_MAX_CONNS", default_value = "10", value_parser = clap::value_parser!(u32).range(4..=1000))]
     pub db_max_conns: u32,
@@ -79,7 +105,7 @@ impl DbSettings {
         if self.db_min_conns > self.db_max_conns {
             bail!("DB_MIN_CONNS={} is more than DB_MAX_CONNS={}", self.db_min_conns, self.db_max_conns);
         }
-        Ok(())
+        dsn::read(&self.postgres_dsn).map(drop).context("POSTGRES_DSN")
     }
 
     #[must_use]
@@ -103,7 +129,7 @@ pub struct CacheSettings {
     /// Redis: host:port, or redis://:password@host:port/database, or rediss:// for TLS; by default
     /// none, and every read is PostgreSQL's
     #[arg(long, env = "REDIS_ADDR", value_name = "REDIS_ADDR", hide_env_values = true)]
-    pub redis_addr: Option<String>,
+    pub redis_addr: Option<Secret>,
     /// Most age of what is kept there: so old may an answer be if Redis was away while its order changed
     #[arg(long, env = "CACHE_TTL", value_name = "CACHE_TTL", default_value = "30s", value_parser = duration)]
     pub cache_ttl: Duration,
@@ -252,9 +278,9 @@ pub enum LogFormat {
 #[derive(Clone, Default)]
 pub struct KafkaConfig(pub Vec<(String, String)>);
 
-impl std::fmt::Debug for KafkaConfig {
+impl fmt::Debug for KafkaConfig {
     /// Names only: values may be passwords.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.0.iter().map(|(key, _)| key)).finish()
     }
 }
@@ -262,25 +288,58 @@ impl std::fmt::Debug for KafkaConfig {
 impl FromStr for KafkaConfig {
     type Err = String;
 
+    /// Between commas or on lines; in a file there may be comments beside them.
     fn from_str(text: &str) -> Result<Self, String> {
         let mut pairs: Vec<(String, String)> = Vec::new();
-        for part in text.split(',').filter(|part| !part.trim().is_empty()) {
+        let mut before = '\n';
+        for part in text.split_inclusive([',', '\n']) {
+            let (part, after) = match part.strip_suffix([',', '\n']) {
+                Some(rest) => (rest, part.chars().next_back().unwrap_or(',')),
+                None => (part, ','),
+            };
+            let before = std::mem::replace(&mut before, after);
+            if part.trim().is_empty() || (before == '\n' && part.trim_start().starts_with('#')) {
+                continue;
+            }
             match (part.split_once('='), pairs.last_mut()) {
                 (Some((key, value)), _) if is_property(key.trim()) => {
                     pairs.push((key.trim().to_owned(), value.trim().to_owned()));
                 }
-                // A value with a comma in it, such as a list of cipher suites or a JAAS line.
+                // A value with a comma in it, such as a list of cipher suites or a JAAS line; or with several lines,
+                // such as a certificate.
                 (_, Some((_, value))) => {
-                    value.push(',');
-                    value.push_str(part);
+                    value.push(before);
+                    value.push_str(part.trim_end_matches('\r'));
                 }
-                (Some((key, _)), None) => {
-                    return Err(format!("\"{}\" is not a property of librdkafka, as security.protocol is", key.trim()));
+                // Without what it says: that may be a password.
+                (_, None) => {
+                    return Err(
+                        "does not begin with a property of librdkafka, as security.protocol=SASL_SSL is".to_owned()
+                    );
                 }
-                (None, None) => return Err(format!("\"{part}\" is not a property=value")),
             }
         }
         Ok(Self(pairs))
+    }
+}
+
+impl KafkaConfig {
+    /// Why librdkafka does not take these properties, without their values.
+    #[must_use]
+    pub fn refusal(&self, error: KafkaError) -> anyhow::Error {
+        let KafkaError::ClientConfig(code, _, key, _) = error else {
+            return anyhow::Error::new(error).context("KAFKA_CONFIG");
+        };
+        let is_secret = |key: &str| ["password", "secret", "pem", "config"].iter().any(|word| key.contains(word));
+        let before = self.0.iter().take_while(|(name, _)| *name != key).last();
+        match before.map(|(name, _)| name).filter(|name| is_secret(name)) {
+            // What is behind a comma in a password would look like one.
+            Some(name) => anyhow!("KAFKA_CONFIG: what is behind the value of {name} is not for librdkafka"),
+            None if code == RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN => {
+                anyhow!("KAFKA_CONFIG: librdkafka has no property {key}")
+            }
+            None => anyhow!("KAFKA_CONFIG: librdkafka does not take the value of {key}"),
+        }
     }
 }
 
@@ -297,19 +356,22 @@ fn is_property(key: &str) -> bool {
 pub enum Listen {
     Off,
     At(SocketAddr),
+    /// At this port of 127.0.0.1 and of `::1`.
+    Loopback(u16),
 }
 
 impl FromStr for Listen {
     type Err = String;
 
-    /// `8080`, `:8080`, `127.0.0.1:8080`, `0` for a free one, or `off`.
+    /// `8080`, `:8080`, `127.0.0.1:8080`, `[::1]:8080`, `0` for a free one, or `off`. A port alone is one of all
+    /// interfaces, in both families.
     fn from_str(text: &str) -> Result<Self, String> {
         if text == "off" {
             return Ok(Self::Off);
         }
         let port = text.strip_prefix(':').unwrap_or(text);
         if let Ok(port) = port.parse::<u16>() {
-            return Ok(Self::At(SocketAddr::from(([0, 0, 0, 0], port))));
+            return Ok(Self::At((Ipv6Addr::UNSPECIFIED, port).into()));
         }
         text.parse()
             .map(Self::At)
@@ -326,15 +388,21 @@ fn copies(text: &str) -> Result<i32, String> {
 
 /// `host:9092,host:9092`; librdkafka would take anything, and connect to nothing.
 fn brokers(text: &str) -> Result<String, String> {
-    let is_broker = |part: &str| match part.trim().rsplit_once(':') {
+    let is_broker = |part: &str| match part.rsplit_once(':') {
         // [::1] alone is an address without a port.
         Some((host, port)) if !port.ends_with(']') => {
             !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
         }
-        _ => !part.trim().is_empty(),
+        _ => !part.is_empty(),
     };
-    let is_broker = |part: &str| !part.trim().contains(char::is_whitespace) && is_broker(part);
-    if text.split(',').all(is_broker) { Ok(text.to_owned()) } else { Err("must be host:port,host:port".to_owned()) }
+    // A user and a password are in KAFKA_CONFIG.
+    let is_broker = |part: &str| !part.contains(|c: char| c.is_whitespace() || c == '@') && is_broker(part);
+    let brokers: Vec<&str> = text.split(',').map(str::trim).collect();
+    match brokers.iter().all(|broker| is_broker(broker)) {
+        // librdkafka would take a line break for a part of the name.
+        true => Ok(brokers.join(",")),
+        false => Err("must be host:port,host:port".to_owned()),
+    }
 }
 
 /// The name of a topic, as Kafka has it (org.apache.kafka.common.internals.Topic).
@@ -361,135 +429,9 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Reads the settings of a process; prints help or an error and exits where clap does.
-#[must_use]
-pub fn parse<S: Parser>() -> S {
-    let dotenv = dotenv().unwrap_or_else(|error| {
-        eprintln!("error: .env: {error}");
-        std::process::exit(2);
-    });
-    let environment = |name: &str| std::env::var(name).ok();
-    parse_from(std::env::args_os(), environment, &dotenv).unwrap_or_else(|error| error.exit())
-}
-
-/// What lifecycles' files may name: variables of the environment, else of `.env`.
-pub fn variables() -> impl Fn(&str) -> Option<String> {
-    let dotenv = dotenv().unwrap_or_default();
-    let is_given = |value: &String| !value.is_empty();
-    move |name: &str| std::env::var(name).ok().filter(is_given).or_else(|| dotenv.get(name).cloned().filter(is_given))
-}
-
-/// The pairs of `.env`; none where there is no such file.
-fn dotenv() -> Result<HashMap<String, String>, dotenvy::Error> {
-    match dotenvy::from_path_iter(Path::new(".env")) {
-        Ok(pairs) => pairs.collect(),
-        Err(_) => Ok(HashMap::new()),
-    }
-}
-
-/// As [`parse`], over any environment but clap's own reading of it.
-///
-/// # Errors
-/// When a setting is unknown or wrong; the message names it and where it came from.
-pub fn parse_from<S: Parser>(
-    args: impl IntoIterator<Item = OsString>,
-    environment: impl Fn(&str) -> Option<String>,
-    dotenv: &HashMap<String, String>,
-) -> Result<S, clap::Error> {
-    let mut command = S::command().args_override_self(true);
-    let mut origins = Vec::new();
-    let mut supplied: Vec<OsString> = Vec::new();
-    let known = command.clone();
-    // A line such as JWT_KEY_FILE= says nothing, here and in .env.
-    let given = |name: &str| environment(name).filter(|value| !value.is_empty());
-    let in_file = |name: &str| dotenv.get(name).filter(|value| !value.is_empty()).cloned();
-    for arg in known.get_arguments().filter(|arg| matches!(arg.get_action(), ArgAction::Set)) {
-        let (Some(flag), Some(name)) = (arg.get_long(), arg.get_env().and_then(|name| name.to_str())) else { continue };
-        match environment(name) {
-            Some(value) if value.is_empty() => command = command.mut_arg(arg.get_id(), |arg| arg.env(None)),
-            Some(_) => continue, // clap reads it
-            None => {}
-        }
-        let older = || OLDER_NAMES.iter().filter(|(_, new)| *new == name).map(|(old, _)| *old);
-        let found = older()
-            .find_map(|old| Some((old, given(old)?)))
-            .or_else(|| std::iter::once(name).chain(older()).find_map(|name| Some((name, in_file(name)?))));
-        if let Some((origin, value)) = found {
-            supplied.push(format!("--{flag}={value}").into());
-            origins.push((format!("--{flag} "), origin));
-        }
-    }
-    let mut args = args.into_iter();
-    let all = args.next().into_iter().chain(supplied).chain(args);
-    let matches = command.try_get_matches_from(all).map_err(|mut error| {
-        let message = error.to_string();
-        if let Some((_, origin)) = origins.iter().find(|(flag, _)| message.contains(flag.as_str())) {
-            error.insert(
-                clap::error::ContextKind::Suggested,
-                clap::error::ContextValue::StyledStrs(vec![format!("the value came from {origin}").into()]),
-            );
-        }
-        error
-    })?;
-    S::from_arg_matches(&matches)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Debug, Parser)]
-    struct Both {
-        #[command(flatten)]
-        db: DbSettings,
-        #[command(flatten)]
-        kafka: KafkaSettings,
-        #[arg(long, env = "API_PORT", default_value = "8080")]
-        api_port: Listen,
-    }
-
-    fn settings(flags: &[&str], environment: &[(&str, &str)], dotenv: &[(&str, &str)]) -> Result<Both, String> {
-        let environment: HashMap<_, _> = environment.iter().copied().collect();
-        let dotenv = dotenv.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let args = std::iter::once("test").chain(flags.iter().copied()).map(OsString::from);
-        parse_from(args, |name| environment.get(name).map(|v| (*v).to_owned()), &dotenv)
-            .map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn a_flag_counts_before_the_environment_and_that_before_the_file() {
-        let port = |flags, environment, dotenv| settings(flags, environment, dotenv).unwrap().api_port;
-        let at = |port| Listen::At(SocketAddr::from(([0, 0, 0, 0], port)));
-        assert_eq!(port(&[], &[], &[]), at(8080));
-        assert_eq!(port(&[], &[], &[("API_PORT", "1")]), at(1));
-        assert_eq!(port(&[], &[("PORT", ":2")], &[("API_PORT", "1")]), at(2));
-        assert_eq!(port(&["--api-port", "3"], &[("PORT", ":2")], &[]), at(3));
-        assert_eq!(port(&["--api-port=off"], &[], &[]), Listen::Off);
-    }
-
-    #[test]
-    fn a_setting_without_a_value_is_as_good_as_none() {
-        let read = settings(&[], &[], &[("API_PORT", ""), ("PORT", "7"), ("LIFECYCLES_DIR", ""), ("DB_MAX_CONNS", "")]);
-        let read = read.unwrap();
-        assert_eq!(read.api_port, Listen::At(SocketAddr::from(([0, 0, 0, 0], 7))));
-        assert_eq!((read.kafka.lifecycles_dir, read.db.db_max_conns), (None, 10));
-    }
-
-    #[test]
-    fn a_bad_value_is_refused_naming_the_setting_and_where_it_came_from() {
-        for (environment, parts) in [
-            (("PORT", "eighty"), ["API_PORT", "the value came from PORT", "must be a port"]),
-            (("METRICS_PORT", "x"), ["", "", ""]),
-        ] {
-            match settings(&[], &[environment], &[]) {
-                Err(message) => parts.iter().for_each(|part| assert!(message.contains(part), "{part} in {message}")),
-                Ok(_) => assert_eq!(parts[0], "", "{environment:?} is not a setting here"),
-            }
-        }
-        let message = settings(&["--db-query-timeout", "soon"], &[], &[]).unwrap_err();
-        assert!(message.contains("DB_QUERY_TIMEOUT") && message.contains("30s"), "{message}");
-        assert!(settings(&["--kafka-config", "nonsense"], &[], &[]).is_err());
-    }
 
     #[test]
     fn kafka_properties_may_hold_commas_and_are_not_shown() {
@@ -498,5 +440,44 @@ mod tests {
         let expected = [("security.protocol", "SASL_SSL"), ("ssl.cipher.suites", "A,B"), ("sasl.password", "p=w")];
         assert_eq!(config.0, expected.map(|(k, v)| (k.to_owned(), v.to_owned())));
         assert!(!format!("{config:?}").contains("p=w"));
+    }
+
+    #[test]
+    fn kafka_properties_may_be_lines_with_comments_and_certificates() {
+        let config: KafkaConfig = "# ours\r\nsecurity.protocol=SSL\r\n\n  ssl.ca.pem=-----BEGIN\nMII/+=\r\n-----END\n#sasl.username=x\nacks=all,debug=x".parse().unwrap();
+        let expected = [
+            ("security.protocol", "SSL"),
+            ("ssl.ca.pem", "-----BEGIN\nMII/+=\n-----END"),
+            ("acks", "all"),
+            ("debug", "x"),
+        ];
+        assert_eq!(config.0, expected.map(|(k, v)| (k.to_owned(), v.to_owned())));
+    }
+
+    #[test]
+    fn what_librdkafka_does_not_take_is_told_by_name_and_not_what_may_be_of_a_password() {
+        let told = |config: &str| {
+            let config: KafkaConfig = config.parse().unwrap();
+            let mut client = rdkafka::ClientConfig::new();
+            for (key, value) in &config.0 {
+                client.set(key, value);
+            }
+            let made: Result<rdkafka::producer::BaseProducer, _> = client.create();
+            format!("{:#}", config.refusal(made.err().unwrap()))
+        };
+        let unknown = told("no.such.property=s3cret");
+        assert!(unknown.contains("no property no.such.property") && !unknown.contains("s3cret"), "{unknown}");
+        let value = told("security.protocol=s3cret");
+        assert!(value.contains("security.protocol") && !value.contains("s3cret"), "{value}");
+        let behind = told("sasl.password=one,s3cret.x=two");
+        assert!(behind.contains("sasl.password") && !behind.contains("s3cret") && !behind.contains("two"), "{behind}");
+    }
+
+    #[test]
+    fn brokers_may_stand_on_lines() {
+        assert_eq!(brokers("k1:9092,\n  k2:9092 , [::1]:9092").unwrap(), "k1:9092,k2:9092,[::1]:9092");
+        for bad in ["", "a b", "k1:99999", "u:p@k1:9092", "k1:9092,,k2"] {
+            assert!(brokers(bad).is_err(), "{bad}");
+        }
     }
 }

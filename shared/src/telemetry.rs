@@ -1,5 +1,10 @@
 //! Logs on stderr, and metrics for Prometheus.
 
+use std::{
+    borrow::Cow,
+    io::{self, Write},
+};
+
 use anyhow::{Context as _, bail};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{
@@ -18,19 +23,56 @@ const SIZES: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 51
 /// # Errors
 /// When `LOG_LEVEL` makes no sense.
 pub fn log(settings: &ServiceSettings) -> anyhow::Result<()> {
-    let filter = filter(&settings.log_level).with_context(|| format!("LOG_LEVEL=\"{}\"", settings.log_level))?;
+    let filter = filter(&settings.log_level).with_context(|| format!("LOG_LEVEL={:?}", settings.log_level))?;
     leave_out_foreign_headers();
     let registry = tracing_subscriber::registry().with(filter);
     match settings.log_format {
         LogFormat::Text => {
-            let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            registry.with(fmt::layer().with_writer(std::io::stderr).with_ansi(ansi)).try_init()
+            let ansi = io::IsTerminal::is_terminal(&io::stderr());
+            registry.with(fmt::layer().with_writer(|| Lines(io::stderr())).with_ansi(ansi)).try_init()
         }
-        LogFormat::Json => {
-            registry.with(fmt::layer().json().flatten_event(true).with_writer(std::io::stderr)).try_init()
-        }
+        LogFormat::Json => registry.with(fmt::layer().json().flatten_event(true).with_writer(io::stderr)).try_init(),
     }
     .context("starting the log")
+}
+
+/// The text with its control characters written out: others wrote it, and it is to stay one line.
+#[must_use]
+pub fn one_line(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    text.chars()
+        .fold(String::new(), |mut line, c| {
+            if c.is_control() {
+                line.extend(c.escape_default())
+            } else {
+                line.push(c)
+            }
+            line
+        })
+        .into()
+}
+
+/// Writes each event, which comes whole, as one line, whatever is told in it.
+struct Lines<W>(W);
+
+impl<W: Write> Write for Lines<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let line = event.strip_suffix(b"\n").unwrap_or(event);
+        if line.iter().any(|byte| matches!(byte, b'\n' | b'\r')) {
+            let mut whole = String::from_utf8_lossy(line).replace('\n', "\\n").replace('\r', "\\r");
+            whole.push('\n');
+            self.0.write_all(whole.as_bytes())?;
+        } else {
+            self.0.write_all(event)?;
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// A header whose name is no text makes rdkafka panic; that is caught where headers are read, and
@@ -74,6 +116,18 @@ pub fn metrics() -> anyhow::Result<PrometheusHandle> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_event_is_one_line_whatever_is_in_it() {
+        let written = |event: &str| {
+            let mut lines = Lines(Vec::new());
+            lines.write_all(event.as_bytes()).unwrap();
+            String::from_utf8(lines.0).unwrap()
+        };
+        assert_eq!(written("WARN away error=no\r\nsuch ä\n"), "WARN away error=no\\r\\nsuch ä\n");
+        assert_eq!(written("\u{1b}[2mINFO\u{1b}[0m ready\n"), "\u{1b}[2mINFO\u{1b}[0m ready\n");
+        assert_eq!(one_line("db\n\u{1b}[1m ä"), "db\\n\\u{1b}[1m ä");
+    }
 
     #[test]
     fn a_level_that_is_none_is_refused_by_name() {

@@ -28,73 +28,52 @@ enum Verify {
 /// What the DSN says of TLS.
 #[derive(Debug)]
 pub(crate) struct Tls {
+    ssl_mode: &'static str,
     verify: Verify,
     root_cert: Option<String>,
 }
 
-/// Splits the DSN into what `tokio_postgres` reads and what only we do: it knows no
-/// `verify-ca`, `verify-full` or `sslrootcert`.
-pub(crate) fn of_dsn(dsn: &str) -> anyhow::Result<(String, Tls)> {
-    let mut mode = None;
-    let mut root_cert = None;
-    let mut keep = |pair: &&str| match pair.split_once('=') {
-        Some(("sslmode", value)) => {
-            mode = Some(value.trim_matches('\'').to_owned());
-            false
+impl Tls {
+    /// What a DSN's parameters say of TLS, and those that `tokio_postgres` reads: it knows no
+    /// `verify-ca`, `verify-full` or `sslrootcert`.
+    ///
+    /// # Errors
+    /// When `sslmode` makes no sense; without it, since it may be part of something else.
+    pub(crate) fn taken_from<'a>(
+        parameters: impl Iterator<Item = (&'a str, String)>,
+    ) -> anyhow::Result<(Vec<(&'a str, String)>, Self)> {
+        let (mut mode, mut root_cert, mut rest) = (None, None, Vec::new());
+        for (key, value) in parameters {
+            match key {
+                "sslmode" => mode = Some(value),
+                "sslrootcert" => root_cert = Some(value),
+                _ => rest.push((key, value)),
+            }
         }
-        Some(("sslrootcert", value)) => {
-            root_cert = Some(percent_decoded(value.trim_matches('\'')));
-            false
+        let (ssl_mode, mut verify) = match mode.as_deref() {
+            Some("disable" | "allow") => ("disable", Verify::Nothing),
+            None | Some("prefer") => ("prefer", Verify::Nothing),
+            Some("require") => ("require", Verify::Nothing),
+            Some("verify-ca") => ("require", Verify::Chain),
+            Some("verify-full") => ("require", Verify::Full),
+            Some(_) => bail!("has an sslmode that is not one of disable, prefer, require, verify-ca, verify-full"),
+        };
+        // As libpq: whoever gives a root certificate wants it checked.
+        if ssl_mode == "require" && verify == Verify::Nothing && root_cert.is_some() {
+            verify = Verify::Chain;
         }
-        _ => true,
-    };
-    let rest = if dsn.starts_with("postgres://") || dsn.starts_with("postgresql://") {
-        let (address, query) = dsn.split_once('?').unwrap_or((dsn, ""));
-        let query: Vec<_> = query.split('&').filter(|pair| !pair.is_empty()).filter(&mut keep).collect();
-        (address.to_owned(), query, '?', "&")
-    } else if !dsn.contains('=') {
-        bail!("POSTGRES_DSN is neither postgres://user:password@host:port/database nor pairs of key=value")
-    } else {
-        let pairs: Vec<_> = dsn.split_whitespace().filter(&mut keep).collect();
-        (String::new(), pairs, ' ', " ")
-    };
-    let (sslmode, mut verify) = match mode.as_deref() {
-        Some("disable" | "allow") => ("disable", Verify::Nothing),
-        None | Some("prefer") => ("prefer", Verify::Nothing),
-        Some("require") => ("require", Verify::Nothing),
-        Some("verify-ca") => ("require", Verify::Chain),
-        Some("verify-full") => ("require", Verify::Full),
-        Some(other) => {
-            bail!("POSTGRES_DSN: sslmode={other} is not one of disable, prefer, require, verify-ca, verify-full")
-        }
-    };
-    // As libpq: whoever gives a root certificate wants it checked.
-    if sslmode == "require" && verify == Verify::Nothing && root_cert.is_some() {
-        verify = Verify::Chain;
+        Ok((rest, Self { ssl_mode, verify, root_cert }))
     }
-    let (address, mut pairs, first, between) = rest;
-    let sslmode = format!("sslmode={sslmode}");
-    pairs.push(&sslmode);
-    Ok((format!("{address}{first}{}", pairs.join(between)).trim().to_owned(), Tls { verify, root_cert }))
-}
 
-fn percent_decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, tail)) = rest.split_first() {
-        let hex = tail.get(..2).and_then(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
-        match (byte, hex) {
-            (b'%', Some(decoded)) => {
-                bytes.push(decoded);
-                rest = &tail[2..];
-            }
-            _ => {
-                bytes.push(byte);
-                rest = tail;
-            }
-        }
+    /// As `tokio_postgres` knows it.
+    pub(crate) fn mode(&self) -> &'static str {
+        self.ssl_mode
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+
+    #[cfg(test)]
+    pub(crate) fn root_cert(&self) -> Option<&str> {
+        self.root_cert.as_deref()
+    }
 }
 
 pub(crate) fn connector(tls: &Tls) -> anyhow::Result<MakeRustlsConnect> {
@@ -194,17 +173,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_dsn_says_of_tls_is_taken_out_of_it() {
-        let (dsn, tls) =
-            of_dsn("postgres://u@h/db?sslmode=verify-full&sslrootcert=%2Fa%20b.pem&options=-c%20x%3Dy").unwrap();
-        assert_eq!(dsn, "postgres://u@h/db?options=-c%20x%3Dy&sslmode=require");
-        assert_eq!((tls.verify, tls.root_cert.as_deref()), (Verify::Full, Some("/a b.pem")));
-
-        let (dsn, tls) = of_dsn("host=h sslmode=require dbname=d sslrootcert=ca.pem").unwrap();
-        assert_eq!(dsn, "host=h dbname=d sslmode=require");
-        assert_eq!(tls.verify, Verify::Chain);
-
-        assert!(of_dsn("postgres://h?sslmode=sometimes").is_err());
-        assert_eq!(of_dsn("postgres://h/d").unwrap().0, "postgres://h/d?sslmode=prefer");
+    fn how_far_the_server_is_trusted_is_what_libpq_would_do() {
+        for (mode, root_cert, mode_of_client, verify) in [
+            (None, None, "prefer", Verify::Nothing),
+            (Some("allow"), None, "disable", Verify::Nothing),
+            (Some("require"), None, "require", Verify::Nothing),
+            (Some("require"), Some("ca.pem"), "require", Verify::Chain),
+            (Some("verify-ca"), None, "require", Verify::Chain),
+            (Some("verify-full"), Some("ca.pem"), "require", Verify::Full),
+        ] {
+            let given = [("sslmode", mode), ("host", Some("h")), ("sslrootcert", root_cert)];
+            let given = given.into_iter().filter_map(|(key, value)| Some((key, value?.to_owned())));
+            let (rest, tls) = Tls::taken_from(given).unwrap();
+            assert_eq!(rest, [("host", "h".to_owned())]);
+            assert_eq!((tls.mode(), tls.verify, tls.root_cert()), (mode_of_client, verify, root_cert), "{mode:?}");
+        }
+        assert!(Tls::taken_from([("sslmode", "sometimes".to_owned())].into_iter()).is_err());
     }
 }

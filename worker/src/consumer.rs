@@ -122,7 +122,7 @@ fn consumer(settings: &KafkaSettings, group: &str) -> anyhow::Result<StreamConsu
         ],
     )
     .create_with_context(Context::default())
-    .context("KAFKA_CONFIG")
+    .map_err(|error| settings.kafka_config.refusal(error))
 }
 
 /// Why a part of a batch was not handled.

@@ -42,14 +42,14 @@ use crate::{batch::Handler, clock::Clock, config::Config, http::App, parking::Pa
 
 const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Works until `shutdown`, then finishes its batch. `listener` is for health and metrics.
+/// Works until `shutdown`, then finishes its batch. `listeners` are for health and metrics.
 ///
 /// # Errors
 /// When the settings contradict each other, the database has a schema that is not ours, or a part
 /// of the process died.
 pub async fn run(
     config: Config,
-    listener: Option<TcpListener>,
+    listeners: Vec<TcpListener>,
     metrics: PrometheusHandle,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
@@ -62,11 +62,12 @@ pub async fn run(
     let [started, leaving, stop] = std::array::from_fn(|_| CancellationToken::new());
     let timeout = Duration::from_millis(config.kafka.service.shutdown_timeout_ms);
 
-    let serving = listener.map(|listener| {
-        let app = App { db: db.clone(), metrics, started: started.clone(), leaving: leaving.clone() };
+    let app = http::router(App { db: db.clone(), metrics, started: started.clone(), leaving: leaving.clone() });
+    let mut serving = JoinSet::new();
+    for listener in listeners {
         let stop = server::Stop { leaving: leaving.clone(), grace: Duration::ZERO, timeout };
-        tokio::spawn(server::serve("http", listener, http::router(app), stop))
-    });
+        serving.spawn(server::serve("http", listener, app.clone(), stop));
+    }
     let deleter = tokio::spawn(deleter);
     let mut vital = JoinSet::new();
     let handler = Handler {
@@ -94,9 +95,7 @@ pub async fn run(
     drop(outbox);
     let _ = tokio::time::timeout_at(deadline, async {
         let _ = deleter.await;
-        if let Some(serving) = serving {
-            let _ = serving.await;
-        }
+        while serving.join_next().await.is_some() {}
     })
     .await;
     match ended {

@@ -3,10 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use shared::{
-    settings::{self, Listen},
-    shutdown, telemetry,
-};
+use shared::{settings, shutdown, telemetry};
 use worker::config::{Cli, Config};
 
 /// As in `api-service`: many small, short-lived allocations on several threads.
@@ -31,9 +28,6 @@ async fn work(config: Config) -> anyhow::Result<()> {
     telemetry::log(&config.kafka.service)?;
     let metrics = telemetry::metrics()?;
     let shutdown = shutdown::requested().context("listening for signals")?;
-    let listener = match config.worker.worker_port {
-        Listen::Off => None,
-        Listen::At(address) => Some(shared::server::bind("http", "WORKER_PORT", address).await?),
-    };
-    worker::run(config, listener, metrics, shutdown).await
+    let listeners = shared::server::bind("http", "WORKER_PORT", config.worker.worker_port).await?;
+    worker::run(config, listeners, metrics, shutdown).await
 }

@@ -114,7 +114,8 @@ fn base(url: &str) -> anyhow::Result<String> {
     if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
         bail!("must be http://host:port or https://host");
     }
-    if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) || uri.query().is_some() {
+    // With an @ behind the host, that is in a password.
+    if url.contains('@') || uri.query().is_some() {
         bail!("must have neither a password nor a query");
     }
     Ok(url.trim_end_matches('/').to_owned())
@@ -177,9 +178,17 @@ mod tests {
     fn only_an_address_is_one() {
         assert_eq!(base("http://product-service:8002/").unwrap(), "http://product-service:8002");
         assert_eq!(base("https://shop/catalogue").unwrap(), "https://shop/catalogue");
-        for other in
-            ["", "product-service", "product-service:8002", "ftp://h", "http://", "http://u:p@h", "http://h?x=1", "/p"]
-        {
+        for other in [
+            "",
+            "product-service",
+            "product-service:8002",
+            "ftp://h",
+            "http://",
+            "http://u:p@h",
+            "http://u:1/p@h",
+            "http://h?x=1",
+            "/p",
+        ] {
             assert!(base(other).is_err(), "{other}");
         }
     }

@@ -2,7 +2,12 @@
 
 use test_support::{PrivateKafka, PrivatePostgres, Settings, System, TestDb, Worker, beside_few};
 
-use crate::scenarios;
+use crate::{scenarios, settings::SecretFile};
+
+/// One property a line, as files of properties have them.
+fn lines_of(config: &str) -> String {
+    config.split(',').map(|property| format!("{property}\r\n")).collect()
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_with_tls_and_kafka_with_sasl_serve_as_any_other() {
@@ -12,7 +17,11 @@ async fn postgres_with_tls_and_kafka_with_sasl_serve_as_any_other() {
     assert!(system.db.dsn().to_string().contains("sslmode=verify-full"), "{}", system.db.dsn());
     assert!(broker.config().contains("sasl."), "{}", broker.config());
     system.set("KAFKA_CONFIG", broker.config());
-    let (api, _worker) = (system.api().await, system.worker().await);
+    let api = system.api().await;
+    let (dsn, config) =
+        (SecretFile::new(&format!("{}\n", system.db.dsn())), SecretFile::new(&lines_of(broker.config())));
+    let files = [("POSTGRES_DSN_FILE", dsn.path()), ("KAFKA_CONFIG_FILE", config.path())];
+    let _worker = system.worker_with(&[&[("POSTGRES_DSN", ""), ("KAFKA_CONFIG", "")][..], &files].concat()).await;
 
     let mut accepted = scenarios::a_created_order_is_answered_as_done(api.http()).await;
     accepted.extend(scenarios::an_order_is_updated_and_deleted(api.http()).await);
