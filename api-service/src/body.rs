@@ -18,7 +18,7 @@ pub(crate) struct Body<'a> {
     twice: Vec<&'static str>,
 }
 
-pub(crate) const FIELDS: [&str; 12] = [
+pub(crate) const FIELDS: [&str; 13] = [
     "order_id",
     "user_id",
     "external_id",
@@ -31,6 +31,7 @@ pub(crate) const FIELDS: [&str; 12] = [
     "notes",
     "payload",
     "status",
+    "replaces",
 ];
 const ALIASES: [(&str, &str); 2] = [("order_items", "items"), ("payload_json", "payload")];
 

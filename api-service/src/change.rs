@@ -75,6 +75,7 @@ pub(crate) fn new_row(order: NewOrder, origin: &Origin, at: OffsetDateTime, topi
         order_id,
         user_id: order.user_id,
         external_id: order.external_id,
+        replaces: order.replaces,
         lifecycle: &order.lifecycle.name,
         status: &order.lifecycle.initial,
         amount: amount.map(Money::decimal),

@@ -269,6 +269,7 @@ impl Orders {
                 let until = waited.as_ref().filter(|waited| waited.is_parked).map(|waited| waited.until);
                 Box::pin(self.repeat(order_id, correlation_id, waited.is_some(), until)).await
             }
+            Written::Gone { order_id, correlation_id } => Box::pin(self.gone(order_id, correlation_id)).await,
             Written::Repeated(known) => Box::pin(self.replay(operation, *known)).await,
         }
     }
@@ -306,7 +307,7 @@ impl Orders {
                 Ok(Done::new(operation, order_id, correlation_id, *state, Progress::Answered))
             }
             Written::Repeated(known) => self.replay(operation, *known).await,
-            Written::Before { .. } => Err(Problem::Internal), // only what creates has a before
+            Written::Before { .. } | Written::Gone { .. } => Err(Problem::Internal), // only what creates has a before
         }
     }
 
@@ -373,6 +374,13 @@ impl Orders {
                 .map(|done| Done { progress: Progress::Repeated, ..done }),
             None => self.with_amount(done).await,
         }
+    }
+
+    /// What a create is told that is delivered again when its order is deleted: that it is.
+    async fn gone(&self, order_id: Uuid, correlation_id: Uuid) -> Result<Done, Problem> {
+        let state = read::state(&self.db, order_id).await?.ok_or(Problem::Internal)?;
+        metrics::counter!("orderstream_requests_repeated_total").increment(1);
+        Ok(Done::new(Operation::Deleted, order_id, correlation_id, state, Progress::Repeated))
     }
 
     /// Tells again what became of the request that had this idempotency key first.

@@ -30,6 +30,8 @@ pub enum Upsert {
 pub struct NewOrder {
     pub user_id: String,
     pub external_id: Option<String>,
+    /// The deleted order that had its external id, by its id.
+    pub replaces: Option<Uuid>,
     pub lifecycle: &'static Lifecycle,
     pub fields: Fields,
     /// Of all that the client gave: tells a safe repeat from a conflict.
@@ -257,6 +259,7 @@ impl Check {
         let external_id = self.id(body, "external_id").filter(|id| !id.is_empty());
         let lifecycle = self.lifecycle(body, defaults.lifecycles);
         let deleting = self.status(body);
+        let replaces = self.replaces(body, order_id.is_none());
         let payload = self.payload(body);
         let from_payload = payload.as_ref().and_then(|(raw, _)| match PayloadFields::of(raw) {
             Ok(fields) => Some(fields),
@@ -286,6 +289,8 @@ impl Check {
                 ("shipping_address", of_text(texts[0].as_deref())),
                 ("billing_address", of_text(texts[1].as_deref())),
                 ("notes", of_text(texts[2].as_deref())),
+                // Who says so wants another order, be it the same again.
+                ("replaces", replaces.map(|order_id| Digest::of_bytes(order_id.as_bytes()))),
             ])
         };
         let fingerprint = fingerprint(lifecycle.unwrap_or(defaults.lifecycle), &texts);
@@ -335,7 +340,11 @@ impl Check {
                     let user_id = user_id.as_deref().unwrap_or_default();
                     self.violations.extend(lacks(lifecycle, user_id, &fields.content(), defaults.lifecycles.amounts));
                 }
-                Some(Upsert::Create(NewOrder { user_id: user_id?, external_id, lifecycle, fields, fingerprint }))
+                if replaces.is_some() && external_id.is_none() {
+                    self.broken("replaces", "is for an order with the same external_id: give that");
+                }
+                let user_id = user_id?;
+                Some(Upsert::Create(NewOrder { user_id, external_id, replaces, lifecycle, fields, fingerprint }))
             }
             (Some(order_id), true) => Some(Upsert::Delete(Target { order_id, user_id })),
             (Some(order_id), false) => {
@@ -362,6 +371,16 @@ impl Check {
                 None
             }
         }
+    }
+
+    fn replaces(&mut self, body: &Body<'_>, creating: bool) -> Option<Uuid> {
+        let order_id = text(body.get("replaces")?).and_then(|id| Uuid::try_parse(&id).ok());
+        match order_id {
+            Some(_) if !creating => self.broken("replaces", "is for new orders, which have no order_id"),
+            Some(order_id) => return Some(order_id),
+            None => self.broken("replaces", "must be the order_id of a deleted order"),
+        }
+        None
     }
 
     /// Whose order it is or has to be: the caller's own, or the one that the body names. `None` with

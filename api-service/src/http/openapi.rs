@@ -194,9 +194,12 @@ pub(crate) struct NewOrder {
     /// Whose order it is; may be left out where `X-User-Id` or a token says so.
     #[schema(value_type = ForeignId)]
     user_id: (),
-    /// The marketplace's own id, unique among one user's orders: sent again, the order is not made twice.
+    /// The marketplace's own id, unique among one user's orders: sent again, the order is not made twice, nor
+    /// brought back when it is deleted.
     #[schema(value_type = Option<ForeignId>)]
     external_id: Option<()>,
+    /// The deleted order that has this `external_id`, by its id: then the same content makes a new one.
+    replaces: Option<Uuid>,
     /// By default `DEFAULT_LIFECYCLE`.
     lifecycle: Option<String>,
     /// What they come to must be a multiple of the currency's smallest unit (unless `AMOUNTS=exact`).

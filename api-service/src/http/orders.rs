@@ -53,7 +53,8 @@ const MAX_TRACE_HEADER: usize = 1024;
     responses(
         (status = 201, description = "Created; handled by the worker, unless nobody waited", body = Answer,
             headers(("Location" = String), ("ETag" = String))),
-        (status = 200, description = "Changed, deleted, or created before", body = Answer, headers(("ETag" = String))),
+        (status = 200, description = "Changed, deleted, or created before (`deleted`, where it has been since)",
+            body = Answer, headers(("ETag" = String))),
         (status = 202, description = "Stored, and not yet handled by the worker: no error", body = Answer,
             headers(("Location" = String), ("Retry-After" = u64), ("ETag" = String))),
         openapi::BadBody, openapi::BadChange, openapi::Malformed, openapi::NotFound, openapi::Refused,

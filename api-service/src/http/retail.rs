@@ -135,7 +135,7 @@ impl<T> Success<T> {
     responses(
         (status = 201, description = "Created", body = Success<RetailOrder>,
             headers(("Location" = String), ("ETag" = String))),
-        (status = 200, description = "Changed, deleted, or created before", body = Success<RetailOrder>,
+        (status = 200, description = "Changed, deleted, or created before (and perhaps deleted since)", body = Success<RetailOrder>,
             headers(("ETag" = String))),
         (status = 202, description = "Stored, and not yet handled by the worker", body = Success<RetailOrder>,
             headers(("Location" = String), ("ETag" = String), ("Retry-After" = String))),
@@ -160,6 +160,7 @@ async fn create(
         (Progress::Pending, _) => "Order accepted; it is being processed",
         (_, Operation::Created) => "Order created successfully",
         (_, Operation::Updated) => "Order updated successfully",
+        (Progress::Repeated, Operation::Deleted) => "Order was deleted, and is not created again by the same request",
         (_, Operation::Deleted) => "Order deleted successfully",
         (_, Operation::Moved) => "Order status updated successfully",
     };

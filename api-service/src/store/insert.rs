@@ -18,6 +18,8 @@ pub(crate) struct NewRow {
     pub order_id: Uuid,
     pub user_id: String,
     pub external_id: Option<String>,
+    /// The deleted order that has its external id, if the client says so.
+    pub replaces: Option<Uuid>,
     pub lifecycle: &'static str,
     pub status: &'static str,
     pub amount: Option<Decimal>,
@@ -46,9 +48,9 @@ macro_rules! insert_sql {
                 as i(order_id, user_id, external_id, lifecycle, status, amount, currency,
                     items, payload, shipping_address, billing_address, notes, at,
                     fingerprint, event_id, correlation_id, headers, body)
-            ), refs as (",
+            ), ",
             $refs,
-            "), fresh as materialized (
+            ", fresh as materialized (
                 select i.* from i where i.external_id is null or i.order_id in (select order_id from refs)
             ), stored as (
                 insert into orders (order_id, user_id, external_id, lifecycle, status, version, content_version,
@@ -79,16 +81,18 @@ pub(crate) async fn insert_orders(
     topic: &str,
 ) -> Result<HashMap<Uuid, String>, DbError> {
     const SQL: &str = insert_sql!(
-        "insert into order_refs (user_id, external_id, order_id, fingerprint)
-         select user_id, external_id, order_id, fingerprint from i where external_id is not null
-         on conflict do nothing
-         returning order_id"
+        "refs as (
+             insert into order_refs (user_id, external_id, order_id, fingerprint)
+             select user_id, external_id, order_id, fingerprint from i where external_id is not null
+             on conflict do nothing
+             returning order_id
+         )"
     );
     insert(connection, SQL, rows, topic).await
 }
 
-/// Stores one order whose external id belongs to a deleted one, if it still does. Where its event
-/// lies in the outbox.
+/// Stores one order whose external id belongs to a deleted one, if it still does; what that was created
+/// with is kept. Where its event lies in the outbox.
 pub(crate) async fn insert_in_place_of_deleted(
     connection: &Connection,
     row: &NewRow,
@@ -97,12 +101,25 @@ pub(crate) async fn insert_in_place_of_deleted(
     // A deleted order stays deleted, so what is seen without a lock holds; of two that come at
     // once, the second finds the order of the first, which is not deleted.
     const SQL: &str = insert_sql!(
-        "update order_refs r
-         set order_id = i.order_id, fingerprint = i.fingerprint
-         from i, orders o
-         where r.user_id = i.user_id and r.external_id = i.external_id
-           and o.order_id = r.order_id and o.status = 'deleted'
-         returning i.order_id"
+        "deleted as materialized (
+             select r.user_id, r.external_id, r.fingerprint, r.order_id
+             from i
+             join order_refs r on r.user_id = i.user_id and r.external_id = i.external_id
+             join orders o on o.order_id = r.order_id and o.status = 'deleted'
+             where r.fingerprint <> i.fingerprint
+             for update of r
+         ), kept as (
+             insert into deleted_refs (user_id, external_id, fingerprint, order_id)
+             select user_id, external_id, fingerprint, order_id from deleted
+             on conflict do nothing
+         ), refs as (
+             update order_refs r
+             set order_id = i.order_id, fingerprint = i.fingerprint
+             from i
+             join deleted d on d.user_id = i.user_id and d.external_id = i.external_id
+             where r.user_id = i.user_id and r.external_id = i.external_id
+             returning i.order_id
+         )"
     );
     Ok(insert(connection, SQL, &[row], topic).await?.remove(&row.order_id))
 }

@@ -17,7 +17,7 @@ use tokio_postgres::{Row, types::ToSql};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::json;
+use super::{insert::NewRow, json};
 use crate::{
     change::State,
     http::openapi::{Amount, AnyObject, Item, Time},
@@ -89,14 +89,21 @@ pub(crate) struct Request {
     pub answer: Option<Answer>,
 }
 
-/// Whose external id it is.
+/// Who has an external id.
 #[derive(Debug)]
 pub(crate) struct Reference {
     pub order_id: Uuid,
-    pub fingerprint: Vec<u8>,
     pub deleted: bool,
-    /// Of the request that created the order; a message of others may have done that.
-    pub correlation_id: Option<Uuid>,
+    /// The order that was created under it with the same content: this one, or a deleted one that had it before.
+    pub same: Option<Same>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Same {
+    pub order_id: Uuid,
+    /// Of the request that created it.
+    pub correlation_id: Uuid,
+    pub deleted: bool,
 }
 
 macro_rules! order_columns {
@@ -181,47 +188,39 @@ pub(crate) async fn request(db: &Db, order_id: Uuid, correlation_id: Uuid) -> Re
     }))
 }
 
-/// Who has this external id. On a given connection: the writer asks in a second statement, since
-/// the first does not see what it lost to.
-pub(crate) async fn reference(
-    connection: &Connection,
-    user_id: &str,
-    external_id: &str,
-) -> Result<Option<Reference>, DbError> {
-    const SQL: &str = "
-        select r.order_id, r.fingerprint, o.status = 'deleted' as deleted, e.correlation_id
-        from order_refs r
-        join orders o on o.order_id = r.order_id
-        join order_events e on e.order_id = r.order_id and e.version = 1 and e.type = 'order.created'
-        where r.user_id = $1 and r.external_id = $2";
-    let rows = query_on(connection, SQL, &[&user_id, &external_id]).await?;
-    Ok(rows.first().map(reference_of))
-}
-
-/// The same of many at once: those that are taken, each by its place in what was asked for.
+/// Who has these external ids of new orders, by the place of each order that finds its own taken. On a given
+/// connection: the writer asks in a second statement, since the first does not see what it lost to.
 pub(crate) async fn references(
     connection: &Connection,
-    ids: &[(&str, &str)],
+    rows: &[&NewRow],
 ) -> Result<HashMap<usize, Reference>, DbError> {
+    // Messages of others create orders, too, and by no request.
     const SQL: &str = "
-        select i.place, r.order_id, r.fingerprint, o.status = 'deleted' as deleted, e.correlation_id
-        from unnest($1::text[], $2::text[]) with ordinality as i(user_id, external_id, place)
+        select i.place, r.order_id, o.status = 'deleted' as deleted, r.fingerprint = i.fingerprint as is_same,
+            e.correlation_id, d.order_id as before_id, b.correlation_id as before_correlation_id
+        from unnest($1::text[], $2::text[], $3::bytea[]) with ordinality
+            as i(user_id, external_id, fingerprint, place)
         join order_refs r on r.user_id = i.user_id and r.external_id = i.external_id
         join orders o on o.order_id = r.order_id
-        join order_events e on e.order_id = r.order_id and e.version = 1 and e.type = 'order.created'";
-    let (users, externals): (Vec<&str>, Vec<&str>) = ids.iter().copied().unzip();
-    let rows = query_on(connection, SQL, &[&users, &externals]).await?;
+        join order_events e on e.order_id = r.order_id and e.version = 1 and e.type = 'order.created'
+        left join deleted_refs d
+            on d.user_id = i.user_id and d.external_id = i.external_id and d.fingerprint = i.fingerprint
+        left join order_events b on b.order_id = d.order_id and b.version = 1 and b.type = 'order.created'";
+    let users: Vec<&str> = rows.iter().map(|row| row.user_id.as_str()).collect();
+    let externals: Vec<&str> = rows.iter().map(|row| row.external_id.as_deref().unwrap_or_default()).collect();
+    let fingerprints: Vec<_> = rows.iter().map(|row| row.fingerprint.0.to_be_bytes().to_vec()).collect();
+    let found = query_on(connection, SQL, &[&users, &externals, &fingerprints]).await?;
     let place = |row: &Row| usize::try_from(row.get::<_, i64>("place") - 1).unwrap_or_default();
-    Ok(rows.iter().map(|row| (place(row), reference_of(row))).collect())
+    Ok(found.iter().map(|row| (place(row), reference_of(row))).collect())
 }
 
 fn reference_of(row: &Row) -> Reference {
-    Reference {
-        order_id: row.get("order_id"),
-        fingerprint: row.get("fingerprint"),
-        deleted: row.get("deleted"),
-        correlation_id: row.get("correlation_id"),
-    }
+    let (order_id, deleted) = (row.get("order_id"), row.get("deleted"));
+    let now = row.get::<_, Option<Uuid>>("correlation_id").filter(|_| row.get("is_same"));
+    let before = row.get::<_, Option<Uuid>>("before_id").zip(row.get("before_correlation_id"));
+    let now = now.map(|correlation_id| Same { order_id, correlation_id, deleted });
+    let before = before.map(|(order_id, correlation_id)| Same { order_id, correlation_id, deleted: true });
+    Reference { order_id, deleted, same: now.or(before) }
 }
 
 pub(super) fn history_row(row: &Row) -> HistoryRow {

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use shared::{
     db::{Connection, DbError},
     message::now,
+    order::Violation,
     outbox::Placed,
 };
 use tokio::time::Instant;
@@ -21,7 +22,7 @@ use crate::{
     store::{
         insert::{self, NewRow},
         keys::{self, KeyRow},
-        read::{self, Reference},
+        read::{self, Reference, Same},
     },
 };
 
@@ -58,13 +59,14 @@ impl Task {
         let mut results = Vec::with_capacity(rows.len());
         for (row, claim) in rows {
             // Its neighbours are stored: what goes wrong from here on is this one's alone.
-            let result = match (holders.get(&row.order_id), claim) {
+            let known = holders.get(&row.order_id).filter(|_| claim.is_none()).map(|holder| holder.outcome(row));
+            let result = match (known.and_then(Result::transpose), claim) {
                 _ if stored.contains_key(&row.order_id) => Ok(Ok(written(row))),
                 (_, Some(claim)) if !claimed.contains(&row.correlation_id) => {
                     connection.within(deadline, replay(connection, claim)).await
                 }
-                (Some(holder), None) if !holder.deleted => Ok(holder.before(row)),
-                (_, claim) => self.create_again(connection, row, claim).await,
+                (Some(outcome), _) => Ok(outcome),
+                (None, claim) => self.create_again(connection, row, claim).await,
             };
             results.push(result.unwrap_or_else(|error| Err(error.into())));
         }
@@ -108,21 +110,19 @@ impl Task {
         claim: Option<&Claim>,
     ) -> Result<Result<Written, Problem>, DbError> {
         let deadline = self.db.settings.write_timeout;
-        let external_id = row.external_id.as_deref().unwrap_or_default();
         // When a deleted order's id was taken by somebody quicker, that one has it; unless it is
         // deleted, too, by the time we look.
         for _ in 0..CONTENTION_RETRIES {
-            let found = connection.within(deadline, read::reference(connection, &row.user_id, external_id)).await?;
+            let found = connection.within(deadline, read::references(connection, &[row])).await?.remove(&0);
             let Some(found) = found else { break };
-            if !found.deleted {
-                let before = found.before(row);
-                return match (before, claim) {
-                    (Ok(before @ Written::Before { order_id, correlation_id }), Some(claim)) => {
-                        let key = KeyRow { order_id, correlation_id, ..key_row(row, claim) };
-                        connection.within(deadline, note_key(connection, key, before)).await
-                    }
-                    (before, _) => Ok(before),
-                };
+            match (found.outcome(row), claim) {
+                (Ok(None), _) => {}
+                (Ok(Some(before @ Written::Before { order_id, correlation_id })), Some(claim)) => {
+                    let key = KeyRow { order_id, correlation_id, ..key_row(row, claim) };
+                    return connection.within(deadline, note_key(connection, key, before)).await;
+                }
+                // The key of one that is deleted stays free: whoever uses it again is told the same.
+                (outcome, _) => return Ok(outcome.and_then(|written| written.ok_or(Problem::Internal))),
             }
             let began = Instant::now();
             let work = async {
@@ -156,19 +156,29 @@ async fn holders(connection: &Connection, rows: &[&NewRow]) -> Result<HashMap<Uu
     if rows.len() < 2 {
         return Ok(HashMap::new());
     }
-    let ids = rows.iter().map(|row| (row.user_id.as_str(), row.external_id.as_deref().unwrap_or_default()));
-    let found = read::references(connection, &ids.collect::<Vec<_>>()).await?;
+    let found = read::references(connection, rows).await?;
     Ok(found.into_iter().filter_map(|(place, holder)| Some((rows.get(place)?.order_id, holder))).collect())
 }
 
 impl Reference {
-    /// Is the order that has the external id of this one the same?
-    pub(super) fn before(&self, row: &NewRow) -> Result<Written, Problem> {
-        match self.correlation_id {
-            Some(correlation_id) if self.fingerprint == row.fingerprint.0.to_be_bytes() => {
-                Ok(Written::Before { order_id: self.order_id, correlation_id })
+    /// What becomes of a new order that finds its external id with this one. `None`: this one is deleted, and
+    /// gives it up. But not to the very order that was deleted, or to one that was before: what is deleted is
+    /// not brought back by its create being delivered again.
+    pub(super) fn outcome(&self, row: &NewRow) -> Result<Option<Written>, Problem> {
+        match (&self.same, row.replaces) {
+            (Some(Same { order_id, correlation_id, deleted }), _) => {
+                let (order_id, correlation_id) = (*order_id, *correlation_id);
+                Ok(Some(match deleted {
+                    true => Written::Gone { order_id, correlation_id },
+                    false => Written::Before { order_id, correlation_id },
+                }))
             }
-            _ => Err(Problem::ExternalIdTaken { order_id: self.order_id }),
+            (None, _) if !self.deleted => Err(Problem::ExternalIdTaken { order_id: self.order_id }),
+            (None, Some(replaced)) if replaced != self.order_id => {
+                let reason = format!("is not the deleted order that has this external id, {}", self.order_id);
+                Err(Problem::Invalid(vec![Violation::new("/replaces", reason)]))
+            }
+            (None, _) => Ok(None),
         }
     }
 }

@@ -122,7 +122,7 @@ impl Writer {
     }
 
     /// Those whose external id was taken: by the same order, which is as good, by a deleted one,
-    /// which gives it up, or by another one.
+    /// which gives it up to another, or by another one.
     async fn taken(
         &self,
         connection: &Connection,
@@ -133,30 +133,28 @@ impl Writer {
     ) -> Result<HashMap<usize, Written>, DbError> {
         let mut before = HashMap::new();
         for part in lost.chunks(BATCH) {
-            let id = |at: &usize| (rows[*at].user_id.as_str(), rows[*at].external_id.as_deref().unwrap_or_default());
-            let mut found = read::references(connection, &part.iter().map(id).collect::<Vec<_>>()).await?;
+            let part_rows: Vec<&NewRow> = part.iter().map(|at| &rows[*at]).collect();
+            let mut found = read::references(connection, &part_rows).await?;
             for (index, at) in part.iter().enumerate() {
-                let mut holder = found.remove(&index);
-                if holder.as_ref().is_some_and(|holder| holder.deleted) {
-                    match insert::insert_in_place_of_deleted(connection, &rows[*at], &self.topic).await? {
-                        Some(place) => {
-                            stored.insert(*at, place);
-                            continue;
-                        }
-                        // Another line has it now, or somebody quicker.
-                        None => holder = read::reference(connection, id(at).0, id(at).1).await?,
+                let row = &rows[*at];
+                let mut outcome = found.remove(&index).map(|holder| holder.outcome(row));
+                if matches!(outcome, Some(Ok(None))) {
+                    if let Some(place) = insert::insert_in_place_of_deleted(connection, row, &self.topic).await? {
+                        stored.insert(*at, place);
+                        continue;
                     }
+                    // Another line has it now, or somebody quicker.
+                    outcome = read::references(connection, &[row]).await?.remove(&0).map(|holder| holder.outcome(row));
                 }
-                let Some(holder) = holder else {
-                    refused.insert(*at, Problem::Unavailable("this external id is being taken by others"));
-                    continue;
-                };
-                match holder.before(&rows[*at]) {
-                    Ok(written) => {
+                match outcome {
+                    Some(Ok(Some(written))) => {
                         before.insert(*at, written);
                     }
-                    Err(problem) => {
+                    Some(Err(problem)) => {
                         refused.insert(*at, problem);
+                    }
+                    Some(Ok(None)) | None => {
+                        refused.insert(*at, Problem::Unavailable("this external id is being taken by others"));
                     }
                 }
             }

@@ -93,6 +93,8 @@ pub(crate) enum Written {
     Now { order_id: Uuid, event_id: Uuid, state: Box<change::State> },
     /// The same order was created before, by this request.
     Before { order_id: Uuid, correlation_id: Uuid },
+    /// The same order was created before, by this request, and is deleted.
+    Gone { order_id: Uuid, correlation_id: Uuid },
     /// A request with this idempotency key did it before.
     Repeated(Box<Known>),
     /// There was nothing left to do.

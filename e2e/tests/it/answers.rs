@@ -146,10 +146,12 @@ async fn changes_of_a_few_orders_from_everywhere_neither_deadlock_nor_get_lost()
                 "user_id": format!("user-{}", n * 7 % 5),
                 "external_id": format!("market-{}", n * 11 % 4),
                 "items": [item("sku", 1, "2.50")],
+                // Where one was deleted, one of another content may follow.
+                "notes": format!("of {}", n / 150),
             });
             async move {
                 let created = api.post_order_async(&sent).await;
-                assert!([200, 201].contains(&created.status), "{}", created.summary());
+                assert!([200, 201, 409].contains(&created.status), "{}", created.summary());
                 let mut change = json!({ "order_id": created.text("order_id"), "notes": format!("change {n}") });
                 if n % 10 == 9 {
                     change["status"] = json!("deleted");

@@ -234,9 +234,24 @@ async fn all_or_nothing_stores_all_or_nothing() {
     assert_eq!(orders_in(&system).await, 591);
     settled(&system, accepted(&first)).await;
 
-    // A deleted order gives its external id up here as elsewhere.
-    http.post_order(&json!({ "order_id": first[0]["order_id"], "status": "deleted" })).await.expect_status(200);
-    let (status, answer) = bulk(http, "?policy=reject-all", body(all(10, 12))).await;
+    // A deleted order gives its external id up here as elsewhere, but to no repeat of itself.
+    let id = first[0]["order_id"].clone();
+    http.post_order(&json!({ "order_id": id, "status": "deleted" })).await.expect_status(200);
+    let mut again = all(10, 12);
+    let (status, answer) = bulk(http, "?policy=reject-all", body(again.clone())).await;
+    let (answers, summary) = split(answer);
+    assert_eq!((status, numbers(&answers, "status")), (200, vec![200, 200]), "{answers:?}");
+    assert_eq!((&answers[0]["order_id"], &answers[0]["order_status"]), (&id, &json!("deleted")), "{answers:?}");
+    assert_eq!(summary["repeated"], 2, "{summary}");
+    again[0]["replaces"] = again[1]["external_id"].clone();
+    let (status, _) = bulk(http, "?policy=reject-all", body(again.clone())).await;
+    assert_eq!(status, 422);
+    again[0]["replaces"] = answers[1]["order_id"].clone();
+    let (status, answer) = bulk(http, "?policy=reject-all", body(again.clone())).await;
+    let (answers, _) = split(answer);
+    assert_eq!((status, &answers[0]["problem"]["errors"][0]["pointer"]), (422, &json!("/replaces")), "{answers:?}");
+    again[0]["replaces"] = id;
+    let (status, answer) = bulk(http, "?policy=reject-all", body(again)).await;
     let (answers, _) = split(answer);
     assert_eq!((status, numbers(&answers, "status")), (200, vec![201, 200]), "{answers:?}");
 

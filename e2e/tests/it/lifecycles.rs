@@ -199,6 +199,22 @@ async fn the_external_id_of_an_order_that_a_message_made_is_taken() {
     let same = json!({ "user_id": "unknown", "external_id": "12", "lifecycle": "shipment" });
     let refused = api.http().post_order(&same).await.expect_status(409);
     assert_eq!(refused.problem(), "conflict");
+    // Messages do not bring back what was deleted: neither this one again nor another.
+    let order_id = refused.text("order_id");
+    api.http().post_order(&json!({ "order_id": order_id, "status": "deleted" })).await.expect_status(200);
+    let again = json!({ "eventType": "PaymentCompleted", "orderId": 12, "timestamp": "2026-01-02T03:04:05Z" });
+    for message in [&paid, &again] {
+        system.kafka.produce(&topic, Record::new("", message.to_string())).await;
+    }
+    eventually("both to be read", || async {
+        match system.kafka.lag(&topic).await {
+            0 => Ok(()),
+            lag => Err(format!("{lag} behind")),
+        }
+    })
+    .await;
+    assert_eq!(api.http().get_order(&order_id).await["status"], "deleted");
+    assert_eq!(system.db.number("select count(*) from orders", &[]).await, 1);
     api.assert_healthy().await;
 }
 
