@@ -7,4 +7,9 @@ create table deleted_refs (
     fingerprint bytea not null,
     order_id    uuid  not null,
     primary key (user_id, external_id, fingerprint)
+-- As every table that grows with the orders (V9, V10).
+) with (
+    autovacuum_analyze_scale_factor = 1,
+    autovacuum_vacuum_insert_scale_factor = 0,
+    autovacuum_vacuum_insert_threshold = 250000
 );
