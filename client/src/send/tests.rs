@@ -32,7 +32,9 @@ fn service() -> impl Fn(Asked) -> hyper::Response<String> + Send + Sync {
         let mut seen = seen.lock().expect("the lock");
         let status = if seen.contains(&asked.body) { 200 } else { 201 };
         seen.push(asked.body);
-        respond(status, &format!(r#"{{"status":"created","order_status":"done","amount":{amount}}}"#))
+        // One has been deleted after the first run.
+        let (own, order) = if seen.len() == 13 { ("deleted", "deleted") } else { ("created", "done") };
+        respond(status, &format!(r#"{{"status":"{own}","order_status":"{order}","amount":{amount}}}"#))
     }
 }
 
@@ -67,6 +69,7 @@ async fn a_missing_answer_or_a_wrong_amount_is_not_good() {
         (202, r#"{"status":"created"}"#),
         (201, r#"{"status":"created","order_status":"done","amount":1}"#),
         (201, r#"{"status":"created"}"#),
+        (201, r#"{"status":"deleted","order_status":"deleted"}"#),
         (422, r#"{"detail":"no such currency"}"#),
         (500, "oops"),
     ] {
