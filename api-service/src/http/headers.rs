@@ -4,7 +4,7 @@
 use std::{str::FromStr, time::Duration};
 
 use axum::{
-    http::{HeaderName, HeaderValue, Method, Uri, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header},
     response::Response,
 };
 use tower_http::cors::{AllowOrigin, CorsLayer};
@@ -28,6 +28,19 @@ pub(crate) fn guard(mut response: Response) -> Response {
         headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(NOTHING);
     }
     response
+}
+
+/// Tells where our paths are for a caller, who writes this before them.
+pub(crate) fn put_before(headers: &mut HeaderMap, prefix: &str) {
+    for (name, start) in [(header::LOCATION, "/"), (header::LINK, "</")] {
+        let Some(value) = headers.get(&name).and_then(|value| value.to_str().ok()) else { continue };
+        // Others are relative, and right as they are.
+        if let Some(rest) = value.strip_prefix(start)
+            && let Ok(value) = HeaderValue::try_from(format!("{}{prefix}/{rest}", start.trim_end_matches('/')))
+        {
+            headers.insert(name, value);
+        }
+    }
 }
 
 /// Whose pages may call from a browser (`CORS_ALLOWED_ORIGINS`).
@@ -98,6 +111,19 @@ pub(crate) fn cors(origins: &Origins) -> Option<CorsLayer> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn our_paths_are_told_behind_the_prefix_and_others_as_they_are() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::LOCATION, HeaderValue::from_static("/orders/1"));
+        headers.insert(header::LINK, HeaderValue::from_static("</orders?cursor=x>; rel=\"next\""));
+        put_before(&mut headers, "/shop-api");
+        assert_eq!(headers[header::LOCATION], "/shop-api/orders/1");
+        assert_eq!(headers[header::LINK], "</shop-api/orders?cursor=x>; rel=\"next\"");
+        headers.insert(header::LOCATION, HeaderValue::from_static("docs/"));
+        put_before(&mut headers, "/shop-api");
+        assert_eq!(headers[header::LOCATION], "docs/");
+    }
 
     #[test]
     fn origins_are_as_browsers_send_them() {
