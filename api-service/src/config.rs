@@ -11,7 +11,7 @@ use shared::{
 
 use crate::{
     front::{Networks, PublicPath},
-    http::headers::Origins,
+    http::headers::{AllowedHeaders, Origins, TRACING_HEADERS},
     identity::{
         Identity,
         token::{Source, Tokens},
@@ -157,6 +157,10 @@ pub struct LimitSettings {
     /// * for all; by default none
     #[arg(long, env = "CORS_ALLOWED_ORIGINS", value_name = "CORS_ALLOWED_ORIGINS", default_value = "")]
     pub cors_allowed_origins: Origins,
+    /// Headers that those pages may send beside the API's own, which they always may, or * for all; by default what
+    /// tracing and monitoring in browsers adds
+    #[arg(long, env = "CORS_ALLOWED_HEADERS", value_name = "CORS_ALLOWED_HEADERS", default_value = TRACING_HEADERS)]
+    pub cors_allowed_headers: AllowedHeaders,
 }
 
 /// More than one process answers.

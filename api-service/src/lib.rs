@@ -157,6 +157,7 @@ pub async fn run(
         limiter: config.limits.quota()?.map(RateLimiter::new),
         front: Front { trusted: config.limits.trusted_proxies.clone(), path: config.limits.public_path.clone() },
         origins: config.limits.cors_allowed_origins.clone(),
+        allowed_headers: config.limits.cors_allowed_headers.clone(),
         defaults,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,

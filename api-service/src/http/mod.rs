@@ -47,7 +47,7 @@ use crate::{
     watch::Watchers,
 };
 
-use headers::Origins;
+use headers::{AllowedHeaders, Origins};
 use openapi::Document;
 pub(crate) use retail::Retail;
 
@@ -69,6 +69,7 @@ pub(crate) struct AppState {
     pub front: Front,
     /// Whose pages may call.
     pub origins: Origins,
+    pub allowed_headers: AllowedHeaders,
     pub limits: WaitLimits,
     pub max_body_bytes: usize,
     /// KiB that are left for bodies being read.
@@ -91,7 +92,7 @@ fn is_open(path: &str) -> bool {
 /// The routes, with what every request meets around them. That is one future: as layers of the
 /// router, each would be boxed and copied by itself, which took 6 µs of every order.
 pub(crate) fn service(app: App) -> impl server::App {
-    let cors = headers::cors(&app.origins);
+    let cors = headers::cors(&app.origins, &app.allowed_headers);
     let (router, document) = documented();
     let parameters = Arc::new(query::Parameters::of(&document));
     let router = complete(router, &document);

@@ -211,13 +211,15 @@ async fn pages_of_allowed_origins_may_call_and_no_others() {
         .api_with(&[("CORS_ALLOWED_ORIGINS", "https://shop.example, http://localhost:3000"), ("AUTH_MODE", "header")])
         .await;
     let http = api.http();
-    let preflight = async |path: &str, origin: &str| {
-        let headers = [
-            ("origin", origin),
-            ("access-control-request-method", "POST"),
-            ("access-control-request-headers", "content-type,idempotency-key"),
-        ];
+    let asked_of = async |http: &HttpClient, path: &str, origin: &str, names: &str| {
+        let headers =
+            [("origin", origin), ("access-control-request-method", "POST"), ("access-control-request-headers", names)];
         send(http, Method::OPTIONS, path, &headers).await
+    };
+    let preflight = async |path: &str, origin: &str| asked_of(http, path, origin, "content-type,idempotency-key").await;
+    let allowed = |reply: &Reply| -> Vec<String> {
+        let names = reply.header("access-control-allow-headers").unwrap_or_default().split(',');
+        names.map(|name| name.trim().to_ascii_lowercase()).collect()
     };
     // Before it says who it is: browsers send no identity with this question.
     for path in ["/orders", "/api/orders", "/orders/0198f2a0-0000-7000-8000-000000000001/cancel"] {
@@ -250,6 +252,9 @@ async fn pages_of_allowed_origins_may_call_and_no_others() {
             "x-request-id",
             "idempotency-replayed",
             "ratelimit",
+            "ratelimit-policy",
+            "www-authenticate",
+            "allow",
         ] {
             assert!(shown.split(',').any(|one| one.trim() == name), "{name} in {shown}");
         }
@@ -257,7 +262,41 @@ async fn pages_of_allowed_origins_may_call_and_no_others() {
     let reply = send(http, Method::GET, path, &[("origin", other), ("x-user-id", "user")]).await.expect_status(404);
     assert!(reply.header("access-control-allow-origin").is_none(), "{}", reply.summary());
 
-    let open = system.api_with(&[("CORS_ALLOWED_ORIGINS", "*")]).await;
+    // All that the API reads, and what tracing in browsers adds.
+    let names = allowed(&preflight("/orders", shop).await);
+    for name in [
+        "authorization",
+        "content-type",
+        "idempotency-key",
+        "if-match",
+        "if-none-match",
+        "prefer",
+        "x-user-id",
+        "x-user-role",
+        "x-request-id",
+        "last-event-id",
+        "traceparent",
+        "tracestate",
+        "baggage",
+        "sentry-trace",
+        "b3",
+        "x-datadog-trace-id",
+        "newrelic",
+        "elastic-apm-traceparent",
+        "x-requested-with",
+    ] {
+        assert!(names.iter().any(|allowed| allowed == name), "{name} in {names:?}");
+    }
+    let own = [("CORS_ALLOWED_ORIGINS", shop), ("CORS_ALLOWED_HEADERS", " X-Ours,\n x-theirs ")];
+    let own = system.api_with(&own).await;
+    let names = allowed(&asked_of(own.http(), "/orders", shop, "x-ours").await.expect_status(200));
+    for (name, is_allowed) in [("x-ours", true), ("x-theirs", true), ("authorization", true), ("baggage", false)] {
+        assert_eq!(names.iter().any(|allowed| allowed == name), is_allowed, "{name} in {names:?}");
+    }
+
+    let open = system.api_with(&[("CORS_ALLOWED_ORIGINS", "*"), ("CORS_ALLOWED_HEADERS", "*")]).await;
+    let names = allowed(&asked_of(open.http(), "/orders", other, "authorization,x-any").await.expect_status(200));
+    assert_eq!(names, ["authorization", "x-any"]);
     let reply = send(open.http(), Method::GET, path, &[("origin", other)]).await.expect_status(404);
     assert_eq!(reply.header("access-control-allow-origin"), Some("*"), "{}", reply.summary());
     // Where nobody has allowed it, it is no question that is answered.

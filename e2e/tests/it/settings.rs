@@ -70,6 +70,7 @@ async fn bad_settings_are_refused_by_name() {
         ("api-service", "RATE_LIMIT_BURST", "5"),
         ("api-service", "CORS_ALLOWED_ORIGINS", "https://shop.example/"),
         ("api-service", "CORS_ALLOWED_ORIGINS", ",,"),
+        ("api-service", "CORS_ALLOWED_HEADERS", "x-datadog-*"),
         ("api-service", "TRUSTED_PROXIES", "10.0.0.0/33"),
         ("api-service", "TRUSTED_PROXIES", "10.0.0.0/8,proxy"),
         ("api-service", "PUBLIC_PATH", "//elsewhere"),
