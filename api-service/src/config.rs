@@ -10,7 +10,8 @@ use shared::{
 };
 
 use crate::{
-    http::headers::Origins,
+    front::{Networks, PublicPath},
+    http::headers::{AllowedHeaders, Origins, TRACING_HEADERS},
     identity::{
         Identity,
         token::{Source, Tokens},
@@ -145,10 +146,21 @@ pub struct LimitSettings {
     /// Requests that a caller may make at once; by default those of a second
     #[arg(long, env = "RATE_LIMIT_BURST", value_name = "RATE_LIMIT_BURST", value_parser = clap::value_parser!(u32).range(1..=MAX_RATE))]
     pub rate_limit_burst: Option<u32>,
+    /// Networks of the proxies before us, which are believed when they say who calls (Forwarded, X-Forwarded-For) and
+    /// under which path (X-Forwarded-Prefix): 10.0.0.0/8,fd00::/8
+    #[arg(long, env = "TRUSTED_PROXIES", value_name = "TRUSTED_PROXIES", default_value = "")]
+    pub trusted_proxies: Networks,
+    /// What callers write before our paths, where a gateway takes that away and does not say so: /shop-api
+    #[arg(long, env = "PUBLIC_PATH", value_name = "PUBLIC_PATH", default_value = "")]
+    pub public_path: PublicPath,
     /// Origins whose pages may call from a browser: https://shop.example,http://localhost:3000, or
     /// * for all; by default none
     #[arg(long, env = "CORS_ALLOWED_ORIGINS", value_name = "CORS_ALLOWED_ORIGINS", default_value = "")]
     pub cors_allowed_origins: Origins,
+    /// Headers that those pages may send beside the API's own, which they always may, or * for all; by default what
+    /// tracing and monitoring in browsers adds
+    #[arg(long, env = "CORS_ALLOWED_HEADERS", value_name = "CORS_ALLOWED_HEADERS", default_value = TRACING_HEADERS)]
+    pub cors_allowed_headers: AllowedHeaders,
 }
 
 /// More than one process answers.

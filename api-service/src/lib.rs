@@ -10,6 +10,7 @@ mod body;
 mod change;
 pub mod config;
 mod error;
+mod front;
 mod grpc;
 mod heard;
 #[cfg(feature = "hot")]
@@ -49,6 +50,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     acks::ReplyAddress,
     config::Config,
+    front::Front,
     http::AppState,
     identity::Identity,
     orders::{Foreign, Orders},
@@ -153,7 +155,9 @@ pub async fn run(
         watchers,
         retail: http::Retail::new(&defaults, prices),
         limiter: config.limits.quota()?.map(RateLimiter::new),
+        front: Front { trusted: config.limits.trusted_proxies.clone(), path: config.limits.public_path.clone() },
         origins: config.limits.cors_allowed_origins.clone(),
+        allowed_headers: config.limits.cors_allowed_headers.clone(),
         defaults,
         limits: config.wait_limits(),
         max_body_bytes: config.api.max_body_bytes,

@@ -323,7 +323,7 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
             orders.extend(page);
             left = filter.limit.get() - orders.len();
         }
-        path = answer.header("link").and_then(next_page).map(str::to_owned);
+        path = answer.header("link").and_then(|link| next_page(link, service.path())).map(str::to_owned);
     }
     if !json {
         let read: anyhow::Result<Vec<Order>> = orders.iter().map(|order| read(order.get().as_bytes())).collect();
@@ -347,10 +347,12 @@ fn in_flags(refusal: anyhow::Error) -> anyhow::Error {
     anyhow!(text.replace("\n  /", "\n  --"))
 }
 
-/// What `Link` names as the next page (RFC 8288): the service's own path.
-fn next_page(link: &str) -> Option<&str> {
+/// What `Link` names as the next page (RFC 8288): the service's own path. What a gateway has before it (`prefix`) is
+/// in the service's URL already.
+fn next_page<'a>(link: &'a str, prefix: &str) -> Option<&'a str> {
     let (target, params) = link.strip_prefix('<')?.split_once('>')?;
-    (params.contains("rel=\"next\"") && target.starts_with('/')).then_some(target)
+    let path = target.strip_prefix(prefix).filter(|path| path.starts_with('/')).unwrap_or(target);
+    (params.contains("rel=\"next\"") && path.starts_with('/')).then_some(path)
 }
 
 #[cfg(test)]
@@ -392,8 +394,11 @@ mod tests {
 
     #[test]
     fn the_next_page_is_a_path_of_the_service() {
-        assert_eq!(next_page("</orders?cursor=x&limit=2>; rel=\"next\""), Some("/orders?cursor=x&limit=2"));
-        assert_eq!(next_page("<https://elsewhere/>; rel=\"next\""), None);
-        assert_eq!(next_page("</orders>; rel=\"prev\""), None);
+        let next = "/orders?cursor=x&limit=2";
+        for (target, prefix) in [(next, ""), ("/shop-api/orders?cursor=x&limit=2", "/shop-api"), (next, "/shop-api")] {
+            assert_eq!(next_page(&format!("<{target}>; rel=\"next\""), prefix), Some(next), "{target} {prefix}");
+        }
+        assert_eq!(next_page("<https://elsewhere/>; rel=\"next\"", ""), None);
+        assert_eq!(next_page("</orders>; rel=\"prev\"", ""), None);
     }
 }

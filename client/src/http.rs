@@ -104,6 +104,13 @@ impl Service {
         &self.url
     }
 
+    /// What of the URL stands before the service's own paths.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        let authority = self.url.split_once("://").map_or(&*self.url, |(_, rest)| rest);
+        authority.find('/').map_or("", |start| &authority[start..])
+    }
+
     /// Asks for `path`, which may have a query; the answer's body is still to be read.
     ///
     /// # Errors
@@ -279,7 +286,9 @@ mod tests {
             let error = Service::new(url, &Identity::default()).err().expect(url);
             assert!(format!("{error:#}").contains(says), "{url:?} gave {error:#}");
         }
-        assert_eq!(Service::new("http://a/shop/", &Identity::default()).expect("a URL").url(), "http://a/shop");
+        let service = |url| Service::new(url, &Identity::default()).expect("a URL");
+        assert_eq!((service("http://a/shop/").url(), service("http://a/shop/").path()), ("http://a/shop", "/shop"));
+        assert_eq!(service("http://a:1").path(), "");
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod retail;
 mod status;
 mod watch;
 
-use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::IpAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -39,6 +39,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     error::Problem,
+    front::Front,
     identity::{Caller, Identity},
     orders::{Orders, WaitLimits},
     rate::{RateLimiter, Verdict},
@@ -46,7 +47,7 @@ use crate::{
     watch::Watchers,
 };
 
-use headers::Origins;
+use headers::{AllowedHeaders, Origins};
 use openapi::Document;
 pub(crate) use retail::Retail;
 
@@ -64,8 +65,11 @@ pub(crate) struct AppState {
     pub retail: Retail,
     /// How often a caller may ask, if that matters.
     pub limiter: Option<RateLimiter>,
+    /// What stands before us.
+    pub front: Front,
     /// Whose pages may call.
     pub origins: Origins,
+    pub allowed_headers: AllowedHeaders,
     pub limits: WaitLimits,
     pub max_body_bytes: usize,
     /// KiB that are left for bodies being read.
@@ -88,7 +92,7 @@ fn is_open(path: &str) -> bool {
 /// The routes, with what every request meets around them. That is one future: as layers of the
 /// router, each would be boxed and copied by itself, which took 6 µs of every order.
 pub(crate) fn service(app: App) -> impl server::App {
-    let cors = headers::cors(&app.origins);
+    let cors = headers::cors(&app.origins, &app.allowed_headers);
     let (router, document) = documented();
     let parameters = Arc::new(query::Parameters::of(&document));
     let router = complete(router, &document);
@@ -137,6 +141,7 @@ fn complete(router: Router<App>, document: &utoipa::openapi::OpenApi) -> Router<
 /// Answers whoever may ask, and says with every answer what is said with every answer.
 async fn answer(app: App, router: Router, request: Request) -> Result<Response, Infallible> {
     let retail = retail::Envelope::of(&request);
+    let prefix = app.front.prefix(peer(request.extensions()), request.headers());
     let response = AssertUnwindSafe(admit(app, router, request)).catch_unwind().await;
     let response = response.unwrap_or_else(|panic| {
         log_panic(&*panic);
@@ -146,7 +151,11 @@ async fn answer(app: App, router: Router, request: Request) -> Result<Response, 
         Some(envelope) => envelope.around(response),
         None => response,
     };
-    Ok(headers::guard(response))
+    let mut response = headers::guard(response);
+    if let Some(prefix) = prefix {
+        headers::put_before(response.headers_mut(), prefix.as_str());
+    }
+    Ok(response)
 }
 
 /// Lets in whom we know, as often as that one may, and tells the handlers who it is.
@@ -189,7 +198,13 @@ pub(crate) fn who_asks<'a>(
     extensions: &Extensions,
 ) -> Result<(Caller, Option<Limited<'a>>), Problem> {
     let caller = app.identity.caller(headers)?;
-    let peer = extensions.get::<Peer>().map(|Peer(address)| *address);
-    let verdict = app.limiter.as_ref().map(|limiter| (limiter, limiter.ask(caller.user(), peer)));
+    let verdict = app.limiter.as_ref().map(|limiter| {
+        let address = peer(extensions).map(|peer| app.front.caller(peer, headers));
+        (limiter, limiter.ask(caller.user(), address))
+    });
     Ok((caller, verdict))
+}
+
+fn peer(extensions: &Extensions) -> Option<IpAddr> {
+    extensions.get::<Peer>().map(|Peer(address)| *address)
 }

@@ -28,6 +28,8 @@ use uuid::Uuid;
                        answered in the same request when that is done.",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
+    // Beside this document, whatever path a gateway has put before both.
+    servers((url = ".", description = "Where this document is")),
     tags(
         (name = "orders", description = "Create, change, read and watch orders"),
         (name = "retail", description = "The same in the words of a shop's order service"),

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use test_support::{
-    Accepted, CommitGate, HttpClient, Method, Reply, System, beside_few, beside_others, eventually, order,
+    Accepted, Api, CommitGate, HttpClient, Method, Reply, System, beside_few, beside_others, eventually, order,
 };
 use tokio::task::JoinSet;
 use tonic::Code;
@@ -64,6 +64,90 @@ async fn who_asks_too_often_is_told_when_to_ask_again_and_keeps_nobody_else_from
     })
     .await;
     assert!(http.metric("orderstream_requests_refused_total").await >= 20.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_behind_a_trusted_proxy_are_apart_and_nobody_is_whom_he_says_himself() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    // On a socket of both families, where an address of IPv4 comes in as one of IPv6.
+    let limits = [("RATE_LIMIT", "1"), ("RATE_LIMIT_BURST", "10"), ("API_PORT", "0")];
+    let behind = system.api_with(&[&limits[..], &[("TRUSTED_PROXIES", "127.0.0.0/8, 10.0.0.0/8")]].concat()).await;
+    let alone = system.api_with(&limits).await;
+    let over_ipv4 =
+        |api: &Api| HttpClient::new(format!("127.0.0.1:{}", api.http().address().rsplit(':').next().unwrap()));
+    let (proxied, direct) = (over_ipv4(&behind), over_ipv4(&alone));
+    let path = "/orders/0198f2a0-0000-7000-8000-000000000001";
+    let refused = async |http: &HttpClient, name: &str, value: &(dyn Fn(usize) -> String + Sync)| {
+        let replies =
+            join_all((0..30).map(|n| async move { send(http, Method::GET, path, &[(name, &value(n))]).await }));
+        replies.await.iter().filter(|reply| reply.status == 429).count()
+    };
+    let (xff, forwarded) = ("x-forwarded-for", "forwarded");
+    // One behind it, whatever that one writes itself; a second or some may pass.
+    let spoofed = refused(&proxied, xff, &|n| format!("192.0.2.{n}, 198.51.100.1, 10.1.1.1")).await;
+    assert!((10..=20).contains(&spoofed), "{spoofed}");
+    let spoofed =
+        refused(&proxied, forwarded, &|n| format!("for=192.0.2.{n}, for=\"198.51.100.2:{n}\";proto=https")).await;
+    assert!((10..=20).contains(&spoofed), "{spoofed}");
+    // Who is another is another; what makes no sense is the proxy's own.
+    assert_eq!(refused(&proxied, xff, &|n| format!("203.0.113.{n}")).await, 0);
+    assert_eq!(refused(&proxied, forwarded, &|n| format!("for=\"[2001:db8:{n}::1]\"")).await, 0);
+    let nonsense = refused(&proxied, xff, &|n| format!("203.0.113.{n}, unknown")).await;
+    assert!((10..=20).contains(&nonsense), "{nonsense}");
+    // Nobody else is believed.
+    let untrusted = refused(&direct, xff, &|n| format!("203.0.113.{n}")).await;
+    assert!((10..=20).contains(&untrusted), "{untrusted}");
+
+    // Over gRPC it is the same caller.
+    let of = |caller: &str| with(upsert("", "user", "", &Value::Null), &[(xff, caller)]);
+    let orders = OrdersServiceClient::new(channel(&behind));
+    let ask = |caller: String| {
+        let (mut orders, request) = (orders.clone(), of(&caller));
+        async move { orders.upsert_order(request).await.err().map(|status| status.code()) }
+    };
+    let said = join_all((0..30).map(|_| ask("198.51.100.3".to_owned()))).await;
+    assert!(said.iter().filter(|code| **code == Some(Code::ResourceExhausted)).count() >= 10, "{said:?}");
+    let said = join_all((0..30).map(|n| ask(format!("198.51.100.1{n:02}")))).await;
+    assert!(!said.contains(&Some(Code::ResourceExhausted)), "{said:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_gateway_that_takes_a_prefix_away_what_is_told_leads_on() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let settings = [("TRUSTED_PROXIES", "127.0.0.1"), ("PUBLIC_PATH", "/own"), ("ACK_WAIT_MS", "10")];
+    let api = system.api_with(&settings).await;
+    let http = api.http();
+    let sent = serde_json::to_vec(&order("user")).expect("JSON");
+    for (headers, prefix) in [
+        (&[("x-forwarded-prefix", "/shop-api")][..], "/shop-api"),
+        (&[("x-forwarded-prefix", "/shop, /api/")], "/shop/api"),
+        (&[("x-forwarded-prefix", "//elsewhere")], "/own"),
+        (&[], "/own"),
+    ] {
+        let leads_on = async |told: &str| {
+            let path = told.strip_prefix(prefix).unwrap_or_else(|| panic!("{told} is not behind {prefix}"));
+            send(http, Method::GET, path, headers).await.expect_status(200)
+        };
+        for (path, prefer, status) in
+            [("/orders", "wait=5", 202), ("/orders", "respond-async", 201), ("/api/orders", "respond-async", 201)]
+        {
+            let all = [headers, &[("prefer", prefer), ("content-type", "application/json")]].concat();
+            let reply = http.send(Method::POST, path, &all, sent.clone().into()).await.expect("an answer");
+            leads_on(reply.expect_status(status).header("location").expect("a location")).await;
+        }
+        for list in ["/orders?user_id=user&limit=1", "/users/user/orders?limit=2"] {
+            let page = send(http, Method::GET, list, headers).await.expect_status(200);
+            let (link, _) =
+                page.header("link").and_then(|link| link.strip_prefix('<')?.split_once('>')).expect("a link");
+            leads_on(link).await;
+        }
+        // Those are relative.
+        let document = send(http, Method::GET, "/openapi.json", headers).await.expect_status(200);
+        assert_eq!(document.json()["servers"][0]["url"], ".");
+        assert_eq!(send(http, Method::GET, "/docs", headers).await.header("location"), Some("docs/"));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -127,13 +211,15 @@ async fn pages_of_allowed_origins_may_call_and_no_others() {
         .api_with(&[("CORS_ALLOWED_ORIGINS", "https://shop.example, http://localhost:3000"), ("AUTH_MODE", "header")])
         .await;
     let http = api.http();
-    let preflight = async |path: &str, origin: &str| {
-        let headers = [
-            ("origin", origin),
-            ("access-control-request-method", "POST"),
-            ("access-control-request-headers", "content-type,idempotency-key"),
-        ];
+    let asked_of = async |http: &HttpClient, path: &str, origin: &str, names: &str| {
+        let headers =
+            [("origin", origin), ("access-control-request-method", "POST"), ("access-control-request-headers", names)];
         send(http, Method::OPTIONS, path, &headers).await
+    };
+    let preflight = async |path: &str, origin: &str| asked_of(http, path, origin, "content-type,idempotency-key").await;
+    let allowed = |reply: &Reply| -> Vec<String> {
+        let names = reply.header("access-control-allow-headers").unwrap_or_default().split(',');
+        names.map(|name| name.trim().to_ascii_lowercase()).collect()
     };
     // Before it says who it is: browsers send no identity with this question.
     for path in ["/orders", "/api/orders", "/orders/0198f2a0-0000-7000-8000-000000000001/cancel"] {
@@ -166,6 +252,9 @@ async fn pages_of_allowed_origins_may_call_and_no_others() {
             "x-request-id",
             "idempotency-replayed",
             "ratelimit",
+            "ratelimit-policy",
+            "www-authenticate",
+            "allow",
         ] {
             assert!(shown.split(',').any(|one| one.trim() == name), "{name} in {shown}");
         }
@@ -173,7 +262,41 @@ async fn pages_of_allowed_origins_may_call_and_no_others() {
     let reply = send(http, Method::GET, path, &[("origin", other), ("x-user-id", "user")]).await.expect_status(404);
     assert!(reply.header("access-control-allow-origin").is_none(), "{}", reply.summary());
 
-    let open = system.api_with(&[("CORS_ALLOWED_ORIGINS", "*")]).await;
+    // All that the API reads, and what tracing in browsers adds.
+    let names = allowed(&preflight("/orders", shop).await);
+    for name in [
+        "authorization",
+        "content-type",
+        "idempotency-key",
+        "if-match",
+        "if-none-match",
+        "prefer",
+        "x-user-id",
+        "x-user-role",
+        "x-request-id",
+        "last-event-id",
+        "traceparent",
+        "tracestate",
+        "baggage",
+        "sentry-trace",
+        "b3",
+        "x-datadog-trace-id",
+        "newrelic",
+        "elastic-apm-traceparent",
+        "x-requested-with",
+    ] {
+        assert!(names.iter().any(|allowed| allowed == name), "{name} in {names:?}");
+    }
+    let own = [("CORS_ALLOWED_ORIGINS", shop), ("CORS_ALLOWED_HEADERS", " X-Ours,\n x-theirs ")];
+    let own = system.api_with(&own).await;
+    let names = allowed(&asked_of(own.http(), "/orders", shop, "x-ours").await.expect_status(200));
+    for (name, is_allowed) in [("x-ours", true), ("x-theirs", true), ("authorization", true), ("baggage", false)] {
+        assert_eq!(names.iter().any(|allowed| allowed == name), is_allowed, "{name} in {names:?}");
+    }
+
+    let open = system.api_with(&[("CORS_ALLOWED_ORIGINS", "*"), ("CORS_ALLOWED_HEADERS", "*")]).await;
+    let names = allowed(&asked_of(open.http(), "/orders", other, "authorization,x-any").await.expect_status(200));
+    assert_eq!(names, ["authorization", "x-any"]);
     let reply = send(open.http(), Method::GET, path, &[("origin", other)]).await.expect_status(404);
     assert_eq!(reply.header("access-control-allow-origin"), Some("*"), "{}", reply.summary());
     // Where nobody has allowed it, it is no question that is answered.
