@@ -171,6 +171,7 @@ async fn send_lines(
     mut sender: Sender<Bytes, anyhow::Error>,
 ) -> anyhow::Result<()> {
     let mut piece = BytesMut::new();
+    let mut is_first = true;
     loop {
         let line = match next_line(&mut input).await {
             Ok(line) => line,
@@ -184,12 +185,16 @@ async fn send_lines(
         match &line {
             // Bytes that are no text are the service's to refuse, as this line.
             Some(line) => match std::str::from_utf8(line) {
-                Ok(text) => piece.extend_from_slice(sample::request(text).as_bytes()),
+                Ok(text) => {
+                    let text = if is_first { sample::unmarked(text) } else { text };
+                    piece.extend_from_slice(sample::request(text).as_bytes());
+                }
                 Err(_) => piece.extend_from_slice(line),
             },
             None if piece.is_empty() => return Ok(()),
             None => {}
         }
+        is_first = false;
         if line.is_some() {
             piece.extend_from_slice(b"\n");
         }

@@ -268,7 +268,7 @@ async fn create(
     } else {
         text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     }
-    if text.trim().is_empty() {
+    if sample::unmarked(&text).trim().is_empty() {
         bail!(
             "there is no order in {}",
             if file == Path::new("-") { "standard input".into() } else { file.display().to_string() }
@@ -283,7 +283,7 @@ async fn create(
     if let Some(key) = key {
         headers.insert("idempotency-key", HeaderValue::from_str(key).context("--key cannot stand in a header")?);
     }
-    let body = Bytes::from(sample::request(text.trim()).into_owned());
+    let body = Bytes::from(sample::request(sample::unmarked(&text).trim()).into_owned());
     let wait = Duration::from_secs(wait.unwrap_or_default().into());
     let answer = service.ask(Method::POST, "/orders", headers, Some(body), wait).await?.accepted()?;
     tell(&answer, json, show::done)?;

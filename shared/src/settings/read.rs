@@ -11,6 +11,8 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
+use crate::message::unmarked;
+
 /// Names that the five seed systems use for the same thing.
 const OLDER_NAMES: &[(&str, &str)] = &[
     ("DATABASE_URL", "POSTGRES_DSN"),
@@ -58,7 +60,7 @@ fn dotenv() -> Result<HashMap<String, String>, String> {
 }
 
 fn pairs(file: &[u8]) -> Result<HashMap<String, String>, String> {
-    let file = file.strip_prefix("\u{feff}".as_bytes()).unwrap_or(file);
+    let file = unmarked(file);
     dotenvy::from_read_iter(file).collect::<Result<_, _>>().map_err(|error| match error {
         // It holds the line, or its value: perhaps a password.
         dotenvy::Error::LineParse(text, _) => {
