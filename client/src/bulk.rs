@@ -22,9 +22,10 @@ use tokio::{
 use crate::{
     http::{Service, refusal, refusal_of},
     money::grouped_count,
+    output::{note, say},
     progress::Progress,
     sample,
-    show::{printable, say},
+    show::printable,
     table::markdown,
 };
 
@@ -268,11 +269,11 @@ impl Answers<'_> {
             say(markdown(&["orders", ""], &rows).trim_end())?;
         }
         for complaint in &self.complaints {
-            eprintln!("{complaint}");
+            note(complaint);
         }
         let unshown = self.failed - self.complaints.len() as u64;
         if unshown > 0 {
-            eprintln!("… and {} more", grouped_count(unshown));
+            note(&format!("… and {} more", grouped_count(unshown)));
         }
         Ok(())
     }

@@ -1,9 +1,6 @@
 //! Orders and what happened to them, as text for people. Others wrote what stands in them: a
 //! terminal must not obey it.
 
-use std::io::Write as _;
-
-use anyhow::Context as _;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -147,14 +144,6 @@ pub fn happened(row: &Happened) -> String {
     };
     let ignored = if row.ignored { " (ignored)" } else { "" };
     printable(&format!("{}  version {:<3} {:<24} {way}{ignored}", row.at, row.version, row.event))
-}
-
-/// On standard output. Who has closed that wants no more.
-///
-/// # Errors
-/// When it is closed, or full.
-pub fn say(text: &str) -> anyhow::Result<()> {
-    writeln!(std::io::stdout(), "{text}").context("nobody takes what is told")
 }
 
 /// Cells that line up; wide ones are nobody's to cut.

@@ -11,7 +11,7 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
-use crate::message::unmarked;
+use crate::{message::unmarked, output::note};
 
 /// Names that the five seed systems use for the same thing.
 const OLDER_NAMES: &[(&str, &str)] = &[
@@ -31,7 +31,7 @@ const OLDER_NAMES: &[(&str, &str)] = &[
 #[must_use]
 pub fn parse<S: Parser>() -> S {
     let dotenv = dotenv().unwrap_or_else(|error| {
-        eprintln!("error: .env: {error}");
+        note(&format!("error: .env: {error}"));
         std::process::exit(2);
     });
     let environment = |name: &str| std::env::var(name).ok();
