@@ -8,7 +8,7 @@ use shared::{
     lifecycle::{Lifecycle, Lifecycles, Refusal, Step, Trigger, step, template::Subject},
     message::{Event, EventType, Headers, Message},
     money::Money,
-    order::{self, Amounts, Content, Unknown, Violation, parse_items, total},
+    order::{self, Amounts, Content, Source, Violation, parse_items, total},
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -291,7 +291,7 @@ fn unpayable(order: &Locked, given: &Fields, amounts: Amounts) -> Option<Violati
 }
 
 fn items_total(items: &RawValue) -> Option<Money> {
-    parse_items(items, "/items", Unknown::Refuse).ok().and_then(|items| total(&items))
+    parse_items(items, "/items", Source::Own).ok().and_then(|items| total(&items))
 }
 
 fn known(currency: Currency) -> Option<String> {

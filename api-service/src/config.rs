@@ -134,6 +134,9 @@ pub struct AuthSettings {
     /// Whom a token must be for (aud); by default one that names nobody
     #[arg(long, env = "JWT_AUDIENCE", value_name = "JWT_AUDIENCE")]
     pub jwt_audience: Option<String>,
+    /// The claim with the role, a text or a list: its name, or a JSON pointer such as /realm_access/roles
+    #[arg(long, env = "JWT_ROLE_CLAIM", value_name = "JWT_ROLE_CLAIM", default_value = "role")]
+    pub jwt_role_claim: String,
 }
 
 /// How often callers may ask, and from where.
@@ -294,7 +297,8 @@ impl Config {
             AuthMode::Header => Ok(Identity::Header),
             AuthMode::Jwt => {
                 let source = auth.source()?;
-                let tokens = Tokens::new(&source, given(&auth.jwt_issuer), given(&auth.jwt_audience))?;
+                let (issuer, audience) = (given(&auth.jwt_issuer), given(&auth.jwt_audience));
+                let tokens = Tokens::new(&source, issuer, audience, &auth.jwt_role_claim)?;
                 Ok(Identity::Jwt(Arc::new(tokens)))
             }
         }

@@ -48,7 +48,10 @@ impl Identity {
                     "the header X-User-Id is missing, or is no user id (1 to 255 characters)",
                 ))?;
                 let role = text(headers, &USER_ROLE)?;
-                Ok(Caller { user: Some(user.to_owned()), is_service: role.is_some_and(is_service) })
+                // Several roles are a list, as HTTP has it.
+                let is_service =
+                    role.is_some_and(|roles| roles.split(',').any(|role| is_service(role.trim_matches([' ', '\t']))));
+                Ok(Caller { user: Some(user.to_owned()), is_service })
             }
             Self::Jwt(tokens) => {
                 let mut given = headers.get_all(header::AUTHORIZATION).iter();
@@ -60,7 +63,7 @@ impl Identity {
                 let claims = tokens.verify(token).map_err(Problem::Unauthenticated)?;
                 let user = Some(claims.sub).filter(|user| is_user_id(user));
                 let user = user.ok_or(Problem::Unauthenticated("the token's sub is no user id"))?;
-                Ok(Caller { user: Some(user), is_service: claims.role.as_deref().is_some_and(is_service) })
+                Ok(Caller { user: Some(user), is_service: claims.roles.iter().any(|role| is_service(role)) })
             }
         }
     }
@@ -154,10 +157,10 @@ mod tests {
             assert!(matches!(Identity::Header.caller(&headers(none)), Err(Problem::Unauthenticated(_))), "{none:?}");
         }
         let of = |role| Identity::Header.caller(&headers(&[("x-user-id", "a"), ("x-user-role", role)])).unwrap();
-        for role in ["service", "admin"] {
+        for role in ["service", "admin", "admin,service", "user, service", "service ,user"] {
             assert!(of(role).sees("b") && of(role).user() == Some("a"));
         }
-        for role in ["", "user", "Admin", "admin,service", "admin\u{a0}"] {
+        for role in ["", "user", "Admin", "admin\u{a0}", "user,", "user service", "user;admin", "myadmin,user"] {
             assert!(!of(role).sees("b") && of(role).sees("a"));
         }
     }

@@ -5,6 +5,8 @@
 //! in a batch → `shared::outbox` publishes → … the worker … → [`acks`] hears the answer →
 //! [`waiters`] wakes the caller.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod acks;
 mod body;
 mod change;

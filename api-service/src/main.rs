@@ -9,6 +9,7 @@ use api_service::{
 };
 use shared::{
     db,
+    output::say,
     server::bind,
     settings::{self, Listen},
     shutdown, telemetry,
@@ -51,6 +52,5 @@ async fn migrate(config: Config) -> anyhow::Result<()> {
     telemetry::log(&config.kafka.service)?;
     let database = api_service::open(&config, &tokio::runtime::Handle::current())?;
     db::migrate(&database.pool).await?;
-    println!("the schema is up to date");
-    Ok(())
+    say("the schema is up to date")
 }

@@ -6,7 +6,7 @@ use shared::{
     lifecycle::{Lifecycle, Lifecycles, Need},
     money::Money,
     order::{
-        self, Amounts, Content, DELETED, Item, MAX_ID, PayloadFields, Unknown, Violation, money, parse_items, text,
+        self, Amounts, Content, DELETED, Item, MAX_ID, PayloadFields, Source, Violation, money, parse_items, text,
         total, worth,
     },
 };
@@ -463,7 +463,7 @@ impl Check {
         let raw = body.get("payload")?;
         let raw = match text(raw) {
             // payload_json: JSON in a string.
-            Some(json) => RawValue::from_string(json.into_owned())
+            Some(json) => RawValue::from_string(json.strip_prefix('\u{feff}').unwrap_or(&json).to_owned())
                 .map_err(|error| {
                     self.broken("payload", format!("as a text (payload_json) must be JSON: {}", place(&error)))
                 })
@@ -484,7 +484,7 @@ impl Check {
     }
 
     fn items(&mut self, raw: Option<&RawValue>) -> Option<Items> {
-        match parse_items(raw?, "/items", Unknown::Refuse) {
+        match parse_items(raw?, "/items", Source::Own) {
             Ok(items) => Some(Items {
                 json: serde_json::value::to_raw_value(&items).ok()?,
                 total: total(&items),

@@ -22,9 +22,10 @@ use tokio::{
 use crate::{
     http::{Service, refusal, refusal_of},
     money::grouped_count,
+    output::{note, say},
     progress::Progress,
     sample,
-    show::{printable, say},
+    show::printable,
     table::markdown,
 };
 
@@ -171,6 +172,7 @@ async fn send_lines(
     mut sender: Sender<Bytes, anyhow::Error>,
 ) -> anyhow::Result<()> {
     let mut piece = BytesMut::new();
+    let mut is_first = true;
     loop {
         let line = match next_line(&mut input).await {
             Ok(line) => line,
@@ -184,12 +186,16 @@ async fn send_lines(
         match &line {
             // Bytes that are no text are the service's to refuse, as this line.
             Some(line) => match std::str::from_utf8(line) {
-                Ok(text) => piece.extend_from_slice(sample::request(text).as_bytes()),
+                Ok(text) => {
+                    let text = if is_first { sample::unmarked(text) } else { text };
+                    piece.extend_from_slice(sample::request(text).as_bytes());
+                }
                 Err(_) => piece.extend_from_slice(line),
             },
             None if piece.is_empty() => return Ok(()),
             None => {}
         }
+        is_first = false;
         if line.is_some() {
             piece.extend_from_slice(b"\n");
         }
@@ -263,11 +269,11 @@ impl Answers<'_> {
             say(markdown(&["orders", ""], &rows).trim_end())?;
         }
         for complaint in &self.complaints {
-            eprintln!("{complaint}");
+            note(complaint);
         }
         let unshown = self.failed - self.complaints.len() as u64;
         if unshown > 0 {
-            eprintln!("… and {} more", grouped_count(unshown));
+            note(&format!("… and {} more", grouped_count(unshown)));
         }
         Ok(())
     }

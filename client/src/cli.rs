@@ -20,8 +20,9 @@ use serde_json::value::RawValue;
 use crate::{
     bulk,
     http::{self, Answer, Identity, PREFER, Service, encoded},
+    output::{note, say},
     sample, send,
-    show::{self, Happened, Order, say},
+    show::{self, Happened, Order},
     watch,
 };
 
@@ -206,7 +207,9 @@ fn given(text: Option<String>) -> Option<String> {
 pub async fn run(cli: Cli) -> anyhow::Result<bool> {
     let Cli { connection, command } = cli;
     if let Command::Completions { shell } = command {
-        clap_complete::generate(shell, &mut Cli::command(), "orderstream", &mut std::io::stdout());
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "orderstream", &mut script);
+        say(String::from_utf8_lossy(&script).trim_end())?;
         return Ok(true);
     }
     let json = connection.json;
@@ -268,7 +271,7 @@ async fn create(
     } else {
         text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     }
-    if text.trim().is_empty() {
+    if sample::unmarked(&text).trim().is_empty() {
         bail!(
             "there is no order in {}",
             if file == Path::new("-") { "standard input".into() } else { file.display().to_string() }
@@ -283,12 +286,12 @@ async fn create(
     if let Some(key) = key {
         headers.insert("idempotency-key", HeaderValue::from_str(key).context("--key cannot stand in a header")?);
     }
-    let body = Bytes::from(sample::request(text.trim()).into_owned());
+    let body = Bytes::from(sample::request(sample::unmarked(&text).trim()).into_owned());
     let wait = Duration::from_secs(wait.unwrap_or_default().into());
     let answer = service.ask(Method::POST, "/orders", headers, Some(body), wait).await?.accepted()?;
     tell(&answer, json, show::done)?;
     if answer.status == StatusCode::ACCEPTED {
-        eprintln!("stored; the worker has not handled it yet (orderstream watch tells when)");
+        note("stored; the worker has not handled it yet (orderstream watch tells when)");
     }
     Ok(())
 }
@@ -330,7 +333,7 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
         say(&show::orders(&read?))?;
     }
     if path.is_some() {
-        eprintln!("there are more: --limit");
+        note("there are more: --limit");
     }
     Ok(())
 }

@@ -4,11 +4,14 @@
 //! [`show`], many with [`bulk`] (one request, a line in and a line out) or [`send`] (a request each,
 //! waiting for the worker's answer), and what happens to one from now on with [`watch`].
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod bulk;
 pub mod cli;
 pub mod http;
 pub mod latency;
 pub mod money;
+pub mod output;
 pub mod progress;
 pub mod sample;
 pub mod send;

@@ -2,14 +2,17 @@
 
 use std::process::ExitCode;
 
-use client::cli::{self, Cli};
+use client::{
+    cli::{self, Cli},
+    output::{READER_GONE, ReaderGone, note},
+};
 
 fn main() -> ExitCode {
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: cannot start: {error}");
+            note(&format!("error: cannot start: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -19,8 +22,9 @@ fn main() -> ExitCode {
     match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
+        Err(error) if error.is::<ReaderGone>() => ExitCode::from(READER_GONE),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            note(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -4,6 +4,8 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::output::note;
+
 /// Plain lines come at every tenth of the way.
 const PLAIN_LINES: u64 = 10;
 /// And every so many, where nobody knows the way.
@@ -39,8 +41,8 @@ impl Progress {
         match &self.bar {
             Some(bar) => bar.inc(1),
             None if self.shows_a_line() => match self.total {
-                Some(total) => eprintln!("{} {}/{total}", self.label, self.done),
-                None => eprintln!("{} {}", self.label, self.done),
+                Some(total) => note(&format!("{} {}/{total}", self.label, self.done)),
+                None => note(&format!("{} {}", self.label, self.done)),
             },
             None => {}
         }

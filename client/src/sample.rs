@@ -31,9 +31,15 @@ pub struct SampleOrder {
 /// that is not good throughout.
 pub fn read(path: &Path) -> anyhow::Result<Vec<SampleOrder>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let orders = parse(&text).with_context(|| path.display().to_string())?;
+    let orders = parse(unmarked(&text)).with_context(|| path.display().to_string())?;
     ensure!(!orders.is_empty(), "{} holds no order", path.display());
     Ok(orders)
+}
+
+/// A file without the byte order mark that some editors begin it with.
+#[must_use]
+pub fn unmarked(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
 pub fn sums<'a>(amounts: impl IntoIterator<Item = (&'a str, Decimal)>) -> Sums {
@@ -60,9 +66,10 @@ struct Line<'a> {
 
 #[derive(Deserialize)]
 struct Item<'a> {
-    quantity: u32,
+    #[serde(borrow)]
+    quantity: &'a RawValue,
     #[serde(borrow, alias = "price")]
-    unit_price: &'a RawValue,
+    unit_price: Option<&'a RawValue>,
 }
 
 #[derive(Serialize)]
@@ -112,7 +119,12 @@ fn order(number: usize, line: &str) -> anyhow::Result<SampleOrder> {
 
     let mut amount = Decimal::ZERO;
     for item in &fields.items {
-        let line_total = decimal(item.unit_price)?.checked_mul(Decimal::from(item.quantity));
+        let quantity = decimal(item.quantity)?;
+        // Such a line was cancelled, and counts nothing.
+        if quantity.is_zero() {
+            continue;
+        }
+        let line_total = decimal(item.unit_price.context("missing field `unit_price`")?)?.checked_mul(quantity);
         amount = line_total.and_then(|total| amount.checked_add(total)).context("its amount is too large")?;
     }
     if let (true, Some(own)) = (fields.items.is_empty(), fields.amount) {
@@ -173,6 +185,15 @@ mod tests {
     }
 
     #[test]
+    fn lines_count_as_the_service_counts_them_and_a_byte_order_mark_does_not() {
+        let items = r#"[{"quantity":2.0,"price":"19.99"},{"quantity":"1e0","price":-10},{"quantity":0}]"#;
+        let text = format!("\u{feff}{{\"id\":1,\"customer_id\":2,\"items\":{items}}}\n");
+        let orders = parse(unmarked(&text)).expect("a good line");
+        assert_eq!(orders[0].amount.normalize().to_string(), "29.98");
+        assert!(!orders[0].body.starts_with("\u{feff}".as_bytes()));
+    }
+
+    #[test]
     fn the_line_is_sent_as_the_payload_byte_for_byte() {
         let orders = parse(GOOD).expect("a good line");
         assert_eq!(orders[0].body, format!(r#"{{"user_id":"c1","payload":{GOOD}}}"#));
@@ -193,7 +214,8 @@ mod tests {
             (r#"{"customer_id":"c"}"#, "missing field `id`"),
             (r#"{"id":"a","customer_id":null}"#, "neither text nor a number"),
             (r#"{"id":"a","customer_id":"c","items":[{"quantity":1,"unit_price":"x"}]}"#, "not an amount"),
-            (r#"{"id":"a","customer_id":"c","items":[{"quantity":-1,"unit_price":"1"}]}"#, "invalid value"),
+            (r#"{"id":"a","customer_id":"c","items":[{"quantity":"x","unit_price":"1"}]}"#, "not an amount"),
+            (r#"{"id":"a","customer_id":"c","items":[{"quantity":1}]}"#, "missing field `unit_price`"),
             (r#"{"id":"a","customer_id":""}"#, "customer_id is empty"),
         ];
         for (line, says) in bad {

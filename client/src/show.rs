@@ -1,9 +1,6 @@
 //! Orders and what happened to them, as text for people. Others wrote what stands in them: a
 //! terminal must not obey it.
 
-use std::io::Write as _;
-
-use anyhow::Context as _;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -28,11 +25,14 @@ pub struct Order {
     pub updated_at: String,
 }
 
+/// As it was given: a payload's ids and quantities may be numbers or texts, and of a cancelled line there may be no more
+/// than the quantity.
 #[derive(Debug, Deserialize)]
 pub struct Item {
-    pub product_id: String,
-    pub quantity: u64,
-    pub unit_price: Box<RawValue>,
+    pub product_id: Option<Box<RawValue>>,
+    pub quantity: Box<RawValue>,
+    #[serde(alias = "price")]
+    pub unit_price: Option<Box<RawValue>>,
 }
 
 /// A line of an order's history, and an event of those who watch it.
@@ -102,8 +102,10 @@ pub fn order(order: &Order) -> String {
         }
     }
     for item in order.items.iter().flatten() {
-        let (id, price) = (printable(&item.product_id), printable(item.unit_price.get().trim_matches('"')));
-        lines.push(format!("{:<12} {} × {id} at {price}", "item", item.quantity));
+        let text =
+            |raw: &RawValue| printable(&serde_json::from_str(raw.get()).unwrap_or_else(|_| raw.get().to_owned()));
+        let [id, price] = [&item.product_id, &item.unit_price].map(|raw| raw.as_deref().map_or("-".to_owned(), text));
+        lines.push(format!("{:<12} {} × {id} at {price}", "item", text(&item.quantity)));
     }
     lines.join("\n")
 }
@@ -144,14 +146,6 @@ pub fn happened(row: &Happened) -> String {
     printable(&format!("{}  version {:<3} {:<24} {way}{ignored}", row.at, row.version, row.event))
 }
 
-/// On standard output. Who has closed that wants no more.
-///
-/// # Errors
-/// When it is closed, or full.
-pub fn say(text: &str) -> anyhow::Result<()> {
-    writeln!(std::io::stdout(), "{text}").context("nobody takes what is told")
-}
-
 /// Cells that line up; wide ones are nobody's to cut.
 fn columns<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
     let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
@@ -189,6 +183,11 @@ mod tests {
         for part in ["59.90 USD", "2 × p at 29.950", r"u\u{1b}[2J", "version      2"] {
             assert!(shown.contains(part), "{part} in\n{shown}");
         }
+        let mut of_payload: Order = serde_json::from_str(json).expect("an order");
+        let items = r#"[{"product_id":7,"quantity":"2","price":-1.5},{"product_id":"x","quantity":0}]"#;
+        of_payload.items = serde_json::from_str(items).expect("items");
+        let shown = order(&of_payload);
+        assert!(shown.contains("2 × 7 at -1.5") && shown.contains("0 × x at -"), "{shown}");
         let listed = orders(&[read]);
         assert!(listed.starts_with("ORDER  USER") && listed.lines().count() == 2, "{listed}");
     }

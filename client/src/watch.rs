@@ -13,7 +13,10 @@ use hyper::{
 };
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::http::{Service, encoded, refusal_of};
+use crate::{
+    http::{Service, encoded, refusal_of},
+    output::note,
+};
 
 /// The service gives a sign of life every 15 s: a connection that is silent for longer is dead.
 const SILENCE: Duration = Duration::from_secs(45);
@@ -67,7 +70,7 @@ pub async fn watch(
             if heard.elapsed() > PATIENCE {
                 return Err(error).context("the service stays away");
             }
-            eprintln!("{error:#}; trying again");
+            note(&format!("{error:#}; trying again"));
         } else if told {
             continue;
         }

@@ -1,6 +1,8 @@
 //! What both binaries use: the order and its money, lifecycles, messages, the outbox, and the ways
 //! to PostgreSQL, Kafka and HTTP clients.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod backoff;
 pub mod cache;
 pub mod db;
@@ -12,6 +14,7 @@ pub mod message;
 pub mod money;
 pub mod order;
 pub mod outbox;
+pub mod output;
 pub mod parked;
 pub mod server;
 pub mod settings;

@@ -10,6 +10,13 @@ use uuid::Uuid;
 
 use crate::money::Money;
 
+/// A body without the byte order mark that some writers begin it with. JSON has none; who reads it may pass
+/// one over (RFC 8259, section 8.1).
+#[must_use]
+pub fn unmarked(body: &[u8]) -> &[u8] {
+    body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body)
+}
+
 /// What a client did to an order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EventType {

@@ -18,6 +18,10 @@ const MAX_TEXT: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Money(Decimal);
 
+/// The price of a line: money, or less than 0 for what is taken off (a coupon in a marketplace's payload).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Price(Decimal);
+
 /// Why a text is no amount of money.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MoneyError {
@@ -36,15 +40,42 @@ impl Money {
 
     /// Reads the text of a JSON number (RFC 8259, section 6).
     pub fn parse(text: &str) -> Result<Self, MoneyError> {
+        Price::parse(text)?.try_into()
+    }
+
+    /// 1, 2, 3.00, …
+    #[must_use]
+    pub fn is_whole_and_positive(self) -> bool {
+        self.0.is_integer() && !self.0.is_zero()
+    }
+
+    /// Can it be written with so many decimals?
+    #[must_use]
+    pub fn fits(self, decimals: u32) -> bool {
+        self.0.scale() <= decimals || self.0.normalize().scale() <= decimals
+    }
+
+    /// As bytes that are the same for `5.1` and `5.10`.
+    #[must_use]
+    pub fn value_bytes(self) -> [u8; 16] {
+        self.0.normalize().serialize()
+    }
+
+    #[must_use]
+    pub fn decimal(self) -> Decimal {
+        self.0
+    }
+}
+
+impl Price {
+    pub const ZERO: Self = Self(Decimal::ZERO);
+
+    /// Reads the text of a JSON number.
+    pub fn parse(text: &str) -> Result<Self, MoneyError> {
         if text.len() > MAX_TEXT {
             return Err(MoneyError::TooPrecise);
         }
-        // The grammar is JSON's own: no `+1`, `.5`, `1_000`, `NaN` or blanks, which other
-        // readers of decimals let through.
-        if !text.starts_with(|c: char| c == '-' || c.is_ascii_digit())
-            || !text.ends_with(|c: char| c.is_ascii_digit())
-            || serde_json::from_str::<&RawValue>(text).is_err()
-        {
+        if !is_json_number(text) {
             return Err(MoneyError::NotANumber);
         }
         let parsed =
@@ -72,16 +103,9 @@ impl Money {
         Self::try_from(self.0.checked_add(other.0)?).ok()
     }
 
-    /// 1, 2, 3.00, …
     #[must_use]
-    pub fn is_whole_and_positive(self) -> bool {
-        self.0.is_integer() && !self.0.is_zero()
-    }
-
-    /// Can it be written with so many decimals?
-    #[must_use]
-    pub fn fits(self, decimals: u32) -> bool {
-        self.0.scale() <= decimals || self.0.normalize().scale() <= decimals
+    pub fn is_negative(self) -> bool {
+        self.0.is_sign_negative()
     }
 
     /// As bytes that are the same for `5.1` and `5.10`.
@@ -89,30 +113,50 @@ impl Money {
     pub fn value_bytes(self) -> [u8; 16] {
         self.0.normalize().serialize()
     }
-
-    #[must_use]
-    pub fn decimal(self) -> Decimal {
-        self.0
-    }
 }
 
-impl TryFrom<Decimal> for Money {
+impl TryFrom<Decimal> for Price {
     type Error = MoneyError;
 
     fn try_from(mut value: Decimal) -> Result<Self, MoneyError> {
         if value.is_zero() {
             value.set_sign_positive(true);
         }
-        if value.is_sign_negative() {
-            Err(MoneyError::Negative)
-        } else if value.scale() > MAX_DECIMALS {
+        if value.scale() > MAX_DECIMALS {
             Err(MoneyError::TooPrecise)
-        } else if value >= LIMIT {
+        } else if value.abs() >= LIMIT {
             Err(MoneyError::TooLarge)
         } else {
             Ok(Self(value))
         }
     }
+}
+
+impl TryFrom<Price> for Money {
+    type Error = MoneyError;
+
+    fn try_from(price: Price) -> Result<Self, MoneyError> {
+        if price.is_negative() { Err(MoneyError::Negative) } else { Ok(Self(price.0)) }
+    }
+}
+
+impl TryFrom<Decimal> for Money {
+    type Error = MoneyError;
+
+    fn try_from(value: Decimal) -> Result<Self, MoneyError> {
+        if value.is_sign_negative() && !value.is_zero() {
+            return Err(MoneyError::Negative);
+        }
+        Price::try_from(value)?.try_into()
+    }
+}
+
+/// The grammar is JSON's own: no `+1`, `.5`, `1_000`, `NaN` or blanks, which other readers of decimals let
+/// through.
+pub(crate) fn is_json_number(text: &str) -> bool {
+    text.starts_with(|c: char| c == '-' || c.is_ascii_digit())
+        && text.ends_with(|c: char| c.is_ascii_digit())
+        && serde_json::from_str::<&RawValue>(text).is_ok()
 }
 
 impl fmt::Display for Money {
@@ -121,7 +165,20 @@ impl fmt::Display for Money {
     }
 }
 
+impl fmt::Display for Price {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 impl Serialize for Money {
+    /// A JSON number with these very digits.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Price(self.0).serialize(serializer)
+    }
+}
+
+impl Serialize for Price {
     /// A JSON number with these very digits.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         RawValue::from_string(self.0.to_string()).map_err(serde::ser::Error::custom)?.serialize(serializer)
@@ -190,11 +247,11 @@ mod tests {
     proptest! {
         #[test]
         fn sums_are_exact(cents in proptest::collection::vec((0u32..1_000_000, 1u32..1_000), 0..50)) {
-            let total = cents.iter().try_fold(Money::ZERO, |sum, (price, quantity)| {
-                Money::try_from(Decimal::new(i64::from(*price), 2)).unwrap().times(*quantity).and_then(|m| sum.plus(m))
+            let total = cents.iter().try_fold(Price::ZERO, |sum, (price, quantity)| {
+                Price::try_from(Decimal::new(i64::from(*price), 2)).unwrap().times(*quantity).and_then(|m| sum.plus(m))
             }).unwrap();
             let expected: i128 = cents.iter().map(|(p, q)| i128::from(*p) * i128::from(*q)).sum();
-            prop_assert_eq!(total.decimal() * Decimal::from(100), Decimal::from_i128_with_scale(expected, 0));
+            prop_assert_eq!(Money::try_from(total).unwrap().decimal() * Decimal::from(100), Decimal::from_i128_with_scale(expected, 0));
         }
 
         #[test]

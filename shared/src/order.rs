@@ -12,7 +12,7 @@ use serde::{
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use crate::money::{Money, MoneyError};
+use crate::money::{Money, MoneyError, Price, is_json_number};
 
 /// Exists in every lifecycle and is final.
 pub const DELETED: &str = "deleted";
@@ -49,7 +49,7 @@ const QUANTITIES: std::ops::RangeInclusive<u32> = 1..=1_000_000;
 pub struct Item<'a> {
     pub product_id: Cow<'a, str>,
     pub quantity: u32,
-    pub unit_price: Money,
+    pub unit_price: Price,
 }
 
 /// A rule that a value breaks, and where: a JSON pointer (RFC 6901) and a reason.
@@ -72,16 +72,19 @@ impl fmt::Display for Violation {
     }
 }
 
-/// Are fields that we do not know an error? In a request's own items they are, since they may be
-/// misspelt ones; a marketplace's payload has fields of its own.
+/// Where items stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unknown {
-    Refuse,
-    Ignore,
+pub enum Source {
+    /// In a request's own field. A field that we do not know is an error, since it may be a misspelt one.
+    Own,
+    /// In a marketplace's payload, which tells all that became of an order. It has fields of its own. A line
+    /// of quantity 0 was cancelled there: it counts nothing, whatever else is in it, and is left out. A line
+    /// with a negative price takes something off (a coupon, a discount).
+    Payload,
 }
 
 /// Reads a JSON array of items found at `pointer`; all that is wrong with it, not just the first.
-pub fn parse_items<'a>(raw: &'a RawValue, pointer: &str, unknown: Unknown) -> Result<Vec<Item<'a>>, Vec<Violation>> {
+pub fn parse_items<'a>(raw: &'a RawValue, pointer: &str, source: Source) -> Result<Vec<Item<'a>>, Vec<Violation>> {
     let Ok(entries) = serde_json::from_str::<Vec<&RawValue>>(raw.get()) else {
         return Err(vec![Violation::new(pointer, "must be an array of items")]);
     };
@@ -91,7 +94,7 @@ pub fn parse_items<'a>(raw: &'a RawValue, pointer: &str, unknown: Unknown) -> Re
     let mut violations = Vec::new();
     let mut items = Vec::with_capacity(entries.len());
     for (index, entry) in entries.into_iter().enumerate() {
-        items.extend(parse_item(entry, &format_args!("{pointer}/{index}"), unknown, &mut violations));
+        items.extend(parse_item(entry, &format_args!("{pointer}/{index}"), source, &mut violations));
     }
     if violations.is_empty() { Ok(items) } else { Err(violations) }
 }
@@ -142,7 +145,7 @@ impl<'de> Deserialize<'de> for RawItem<'de> {
 fn parse_item<'a>(
     raw: &'a RawValue,
     pointer: &fmt::Arguments<'_>,
-    unknown: Unknown,
+    source: Source,
     violations: &mut Vec<Violation>,
 ) -> Option<Item<'a>> {
     let mut broken = |field: &str, reason: &dyn fmt::Display| {
@@ -153,7 +156,11 @@ fn parse_item<'a>(
         broken("", &"must be an object");
         return None;
     };
-    if unknown == Unknown::Refuse {
+    let quantity = item.quantity.ok_or("is missing").and_then(|raw| quantity(raw, source));
+    if (quantity, source) == (Ok(0), Source::Payload) {
+        return None;
+    }
+    if source == Source::Own {
         for name in &item.unknown {
             broken(name, &"is not a field of an item (product_id, quantity, unit_price)");
         }
@@ -168,12 +175,10 @@ fn parse_item<'a>(
         Some(Some(id)) if id.contains('\0') => Err("must not contain \\u0000"),
         Some(Some(id)) => Ok(id),
     };
-    let quantity = item
-        .quantity
-        .ok_or("is missing")
-        .and_then(|raw| serde_json::from_str::<u32>(raw.get()).map_err(|_| "must be a whole number from 1 to 1000000"))
-        .and_then(|n| if QUANTITIES.contains(&n) { Ok(n) } else { Err("must be from 1 to 1000000") });
-    let unit_price = item.unit_price.map(money);
+    let unit_price = item.unit_price.map(|raw| match price(raw) {
+        Ok(price) if source == Source::Own && price.is_negative() => Err(MoneyError::Negative),
+        read => read,
+    });
     if let Err(reason) = &product_id {
         broken("product_id", reason);
     }
@@ -186,6 +191,46 @@ fn parse_item<'a>(
         Some(Ok(_)) => {}
     }
     Some(Item { product_id: product_id.ok()?, quantity: quantity.ok()?, unit_price: unit_price?.ok()? })
+}
+
+fn quantity(raw: &RawValue, source: Source) -> Result<u32, &'static str> {
+    let whole = whole_number(unquoted(raw)).ok_or("must be a whole number from 1 to 1000000")?;
+    match whole.parse() {
+        Ok(0) if source == Source::Payload => Ok(0),
+        Ok(quantity) if QUANTITIES.contains(&quantity) => Ok(quantity),
+        _ if source == Source::Payload => Err("must be from 1 to 1000000, or 0 where the line was cancelled"),
+        _ => Err("must be from 1 to 1000000"),
+    }
+}
+
+/// The whole number that a JSON number is, however it is written: `2`, `2.0` and `1e1` are, `2.5` is not. One
+/// that is longer than any id is none.
+#[must_use]
+pub fn whole_number(text: &str) -> Option<Cow<'_, str>> {
+    let unsigned = text.strip_prefix('-').unwrap_or(text);
+    if unsigned.bytes().all(|byte| byte.is_ascii_digit()) && (unsigned == "0" || !unsigned.starts_with('0')) {
+        return Some(text.into()).filter(|_| !unsigned.is_empty());
+    }
+    if text.len() > MAX_ID || !is_json_number(text) {
+        return None;
+    }
+    let (mantissa, exponent) = unsigned.split_once(['e', 'E']).unwrap_or((unsigned, "0"));
+    let (before, behind) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = [before, behind].concat();
+    let significant = digits.trim_start_matches('0');
+    if significant.is_empty() {
+        return Some("0".into());
+    }
+    // Of the significant digits, so many stand before the point.
+    let point = i64::try_from(before.len()).ok()?.checked_add(exponent.parse().ok()?)?;
+    let point = usize::try_from(point.checked_sub(i64::try_from(digits.len() - significant.len()).ok()?)?).ok()?;
+    let zeros = point.saturating_sub(significant.len());
+    let (whole, rest) = significant.split_at_checked(point).unwrap_or((significant, ""));
+    if point > MAX_ID || rest.bytes().any(|byte| byte != b'0') {
+        return None;
+    }
+    let sign = if text.len() > unsigned.len() { "-" } else { "" };
+    Some(format!("{sign}{whole}{}", "0".repeat(zeros)).into())
 }
 
 /// The text of a JSON string. `Cow` alone would always copy: serde borrows only where it is told to.
@@ -207,8 +252,7 @@ pub fn text(raw: &RawValue) -> Option<Cow<'_, str>> {
 /// An id from elsewhere: text, or a whole number, which is as good.
 #[must_use]
 pub fn id(raw: &RawValue) -> Option<Cow<'_, str>> {
-    let digits = raw.get().strip_prefix('-').unwrap_or(raw.get());
-    if digits.bytes().all(|byte| byte.is_ascii_digit()) { Some(raw.get().into()) } else { text(raw) }
+    if raw.get().starts_with('"') { text(raw) } else { whole_number(raw.get()) }
 }
 
 /// A whole number in the one spelling that JSON has for it: whoever compares ids as text must not take
@@ -220,10 +264,16 @@ pub fn whole(text: &str) -> Option<i64> {
 
 /// Money from a JSON number or string.
 pub fn money(raw: &RawValue) -> Result<Money, MoneyError> {
-    match raw.get().as_bytes() {
-        [b'"', text @ .., b'"'] => Money::parse(std::str::from_utf8(text).unwrap_or_default()),
-        _ => Money::parse(raw.get()),
-    }
+    Money::parse(unquoted(raw))
+}
+
+fn price(raw: &RawValue) -> Result<Price, MoneyError> {
+    Price::parse(unquoted(raw))
+}
+
+/// A number, or the text of a string that should be one.
+fn unquoted(raw: &RawValue) -> &str {
+    raw.get().strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(raw.get())
 }
 
 /// An ISO 4217 code, such as `BRL`.
@@ -268,7 +318,12 @@ pub fn escape(name: &str) -> Cow<'_, str> {
 /// Σ unit price × quantity; `None` where it leaves the range of money.
 #[must_use]
 pub fn total(items: &[Item<'_>]) -> Option<Money> {
-    items.iter().try_fold(Money::ZERO, |sum, item| sum.plus(item.unit_price.times(item.quantity)?))
+    sum(items).ok()
+}
+
+fn sum(items: &[Item<'_>]) -> Result<Money, MoneyError> {
+    let sum = items.iter().try_fold(Price::ZERO, |sum, item| sum.plus(item.unit_price.times(item.quantity)?));
+    sum.ok_or(MoneyError::TooLarge)?.try_into()
 }
 
 /// The fields that say what an order comes to. Its own fields count before those of `payload`.
@@ -345,19 +400,21 @@ pub fn worth(content: &Content<'_>, amounts: Amounts) -> Result<Worth, Vec<Viola
 }
 
 fn amount_of(content: &Content<'_>, payload: &PayloadFields<'_>) -> Result<Option<Money>, Vec<Violation>> {
-    let of_items = |raw, pointer, unknown| {
-        let items = parse_items(raw, pointer, unknown)?;
-        match total(&items) {
-            Some(total) => Ok(Some(total)),
-            None => Err(vec![Violation::new(pointer, "come to 10^14 or more")]),
-        }
+    let of_items = |raw, pointer, source| {
+        let items = parse_items(raw, pointer, source)?;
+        let reason = match sum(&items) {
+            Ok(total) => return Ok(Some(total)),
+            Err(MoneyError::Negative) => "come to less than 0: more is taken off than there is",
+            Err(_) => "come to 10^14 or more",
+        };
+        Err(vec![Violation::new(pointer, reason)])
     };
     if let Some(items) = content.items {
-        of_items(items, "/items", Unknown::Refuse)
+        of_items(items, "/items", Source::Own)
     } else if content.amount.is_some() {
         Ok(content.amount)
     } else if let Some(items) = payload.items {
-        of_items(items, "/payload/items", Unknown::Ignore)
+        of_items(items, "/payload/items", Source::Payload)
     } else if let Some(amount) = payload.amount {
         money(amount).map(Some).map_err(|error| vec![Violation::new("/payload/amount", error.to_string())])
     } else {
@@ -492,11 +549,102 @@ mod tests {
         assert!(worth_of(None, Some("0.001"), Some(&payload("0.005"))).is_ok());
     }
 
+    #[test]
+    fn a_quantity_is_a_whole_number_however_it_is_written() {
+        let of = |quantity: &str, source| {
+            let items = raw(&format!(r#"[{{"product_id":"p","quantity":{quantity},"unit_price":1}}]"#));
+            parse_items(&items, "/items", source)
+                .map(|items| items.first().map(|item| item.quantity))
+                .map_err(|v| sentence(&v))
+        };
+        for source in [Source::Own, Source::Payload] {
+            for (written, quantity) in [
+                ("2", 2),
+                ("2.0", 2),
+                ("2.00", 2),
+                ("1e1", 10),
+                ("1E+1", 10),
+                ("0.1e1", 1),
+                ("0.0200e2", 2),
+                ("20e-1", 2),
+                ("1.000000e6", 1_000_000),
+                ("\"2\"", 2),
+                ("\"2.0\"", 2),
+            ] {
+                assert_eq!(of(written, source), Ok(Some(quantity)), "{written}");
+            }
+            for refused in [
+                "2.5",
+                "1e-1",
+                "-1",
+                "1000001",
+                "1e7",
+                "1e400",
+                "1e-400",
+                "1e99999999999999999999",
+                "\"two\"",
+                "\"\"",
+                "\" 2\"",
+                "\"+2\"",
+                "\"02\"",
+                "\"0x2\"",
+                "true",
+                "null",
+                "[2]",
+                "\"\\u0032\"",
+            ] {
+                assert!(of(refused, source).is_err_and(|said| said.contains("/items/0/quantity must be")), "{refused}");
+            }
+            let long = "9".repeat(100_000);
+            assert!(of(&long, source).is_err() && of(&format!("0.{long}"), source).is_err());
+        }
+    }
+
+    #[test]
+    fn an_id_that_is_a_whole_number_is_its_digits() {
+        let of = |json: &str| id(&raw(json)).map(Cow::into_owned);
+        for (json, id) in [("7", "7"), ("7.0", "7"), ("1e2", "100"), ("-7.0", "-7"), ("\"7.0\"", "7.0"), ("0.0", "0")] {
+            assert_eq!(of(json).as_deref(), Some(id), "{json}");
+        }
+        for none in ["7.5", "1e-1", "1e300", "true", "null", "{}"] {
+            assert_eq!(of(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn a_payloads_cancelled_lines_count_nothing_and_its_discounts_are_taken_off() {
+        let of = |items: &str| worth_of(None, None, Some(&format!(r#"{{"items":{items}}}"#)));
+        let book = r#"{"product_id":"book","quantity":2,"unit_price":"19.99"}"#;
+        let coupon = r#"{"product_id":"TEN-OFF","quantity":1,"price":-10}"#;
+        let money = |text| Ok(Some(Money::parse(text).unwrap()));
+        assert_eq!(of(&format!(r#"[{book},{{"product_id":"pen","quantity":0,"price":"1.25"}}]"#)), money("39.98"));
+        assert_eq!(of(&format!(r#"[{book},{{"product_id":"pen","quantity":"0.0"}}]"#)), money("39.98"));
+        assert_eq!(of(r#"[{"quantity":0}]"#), money("0"));
+        assert_eq!(of(&format!("[{coupon},{book}]")), money("29.98"));
+        assert_eq!(of(&format!("[{coupon},{coupon},{book},{coupon}]")), money("9.98"));
+        let less = of(&format!("[{coupon}]")).unwrap_err();
+        assert_eq!(less, "/payload/items come to less than 0: more is taken off than there is");
+        let negative = of(&format!(r#"[{book},{{"product_id":"pen","quantity":-1,"price":1}}]"#)).unwrap_err();
+        assert!(negative.contains("/payload/items/1/quantity must be") && negative.contains("cancelled"), "{negative}");
+        // At the door both are mistakes.
+        let own = worth_of(Some(&format!(r#"[{coupon},{{"product_id":"pen","quantity":0,"price":1}}]"#)), None, None);
+        let said = own.unwrap_err();
+        assert_eq!(said, "/items/0/unit_price must not be negative; /items/1/quantity must be from 1 to 1000000");
+    }
+
     proptest! {
+        #[test]
+        fn a_whole_number_is_what_its_digits_say(number: i32, zeros in 0_usize..4, exponent in 0_i32..6) {
+            let shifted = format!("{number}{}e-{exponent}", "0".repeat(exponent as usize));
+            prop_assert_eq!(whole_number(&shifted).map(Cow::into_owned), Some(number.to_string()));
+            let decimals = format!("{number}.0{}", "0".repeat(zeros));
+            prop_assert_eq!(whole_number(&decimals).map(Cow::into_owned), Some(number.to_string()));
+        }
+
         #[test]
         fn no_json_panics(json in r#"[\[\]{}",:0-9a-z\\.eE+-]{0,60}"#) {
             if let Ok(raw) = RawValue::from_string(json) {
-                let _ = parse_items(&raw, "/items", Unknown::Ignore);
+                let _ = parse_items(&raw, "/items", Source::Payload);
                 let content = Content { currency: Some("USD"), payload: Some(&raw), ..Content::default() };
                 let _ = worth(&content, Amounts::Payable);
             }

@@ -31,7 +31,7 @@ use tokio_io_timeout::TimeoutStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Service, ServiceExt as _};
 
-use crate::settings::Listen;
+use crate::{output::say, settings::Listen};
 
 /// A connection on which no whole request arrives in this time is closed: as long as nginx keeps an
 /// idle one, since a client's pool may use it at that very moment.
@@ -256,7 +256,8 @@ pub async fn bind(name: &str, setting: &str, listen: Listen) -> anyhow::Result<V
         Listen::Loopback(port) => on_loopback(setting, port)?,
     };
     for listener in &listeners {
-        println!("{name}: listening on {}", listener.local_addr()?);
+        // A service goes on, whoever reads what it says.
+        let _ = say(&format!("{name}: listening on {}", listener.local_addr()?));
     }
     Ok(listeners)
 }

@@ -7,6 +7,8 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
+use crate::output::{READER_GONE, ReaderGone, note};
+
 /// Runs the whole of a process, on so many threads, unless `TOKIO_WORKER_THREADS` says how many. An
 /// error is told on stderr.
 pub fn run_to_end(threads: usize, work: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
@@ -25,7 +27,7 @@ pub fn run_to_end(threads: usize, work: impl Future<Output = anyhow::Result<()>>
     let runtime = match builder.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: cannot start: {error}");
+            note(&format!("error: cannot start: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -35,8 +37,9 @@ pub fn run_to_end(threads: usize, work: impl Future<Output = anyhow::Result<()>>
     runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<ReaderGone>() => ExitCode::from(READER_GONE),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            note(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }

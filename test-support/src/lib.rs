@@ -31,7 +31,7 @@ pub use kafka::{Headers, Message, Record, TestKafka, Topics};
 pub use ledger::{Accepted, Ledger};
 pub use orders::{item, marketplace_event, marketplace_order, order, shop_order};
 pub use pgbouncer::PgBouncer;
-pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start, run_to_end};
+pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start, run_to_end, run_without_a_reader};
 pub use proxy::{Mode, Proxy};
 pub use redis::PrivateRedis;
 pub use system::System;

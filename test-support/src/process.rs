@@ -1,7 +1,8 @@
 //! The real binaries as a test starts, kills, stops and questions them.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, PipeWriter, Read, pipe};
+use std::net::TcpListener;
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -60,6 +61,11 @@ impl Api {
         address.unwrap_or_else(|| panic!("no gRPC in the log:\n{log}")).to_owned()
     }
 
+    /// Nobody reads what it says.
+    pub async fn start_unread(settings: &Settings) -> Self {
+        Self(Service::start_unread("api-service", "API_PORT", settings).await)
+    }
+
     /// A client for the operators' routes.
     pub fn admin(&self) -> HttpClient {
         let log = self.0.log.text();
@@ -88,6 +94,11 @@ impl Worker {
 
     pub async fn spawn(settings: &Settings) -> Self {
         Self(Service::spawn("worker", "WORKER_PORT", settings).await)
+    }
+
+    /// Nobody reads what it says.
+    pub async fn start_unread(settings: &Settings) -> Self {
+        Self(Service::start_unread("worker", "WORKER_PORT", settings).await)
     }
 }
 
@@ -147,6 +158,24 @@ impl Service {
             http: Arc::new(HttpClient::new(address)),
             readers: Mutex::new(readers),
         }
+    }
+
+    async fn start_unread(name: &'static str, port_key: &str, settings: &Settings) -> Self {
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port");
+        let address = free.to_string();
+        let settings = settings.clone().with(&[("GRPC_PORT", "off"), ("ADMIN_PORT", "off"), (port_key, &address)]);
+        let child = command(name, &settings).stdout(gone()).stderr(gone()).spawn();
+        let child = child.unwrap_or_else(|error| panic!("starting {name}: {error}"));
+        let service = Self {
+            name,
+            pid: child.id(),
+            child: Mutex::new(child),
+            log: Log::default(),
+            http: Arc::new(HttpClient::new(address)),
+            readers: Mutex::default(),
+        };
+        service.wait_ready().await;
+        service
     }
 
     pub fn pid(&self) -> u32 {
@@ -301,6 +330,30 @@ pub async fn run_to_end(name: &'static str, args: &[&str], settings: &Settings) 
         said.push_str(&String::from_utf8_lossy(&output.stderr));
     }
     (output.status.code(), said)
+}
+
+/// The same where nobody reads what it says: whoever did has gone already. Its exit code, and what it says
+/// to itself, unless nobody reads that either.
+pub async fn run_without_a_reader(
+    name: &'static str,
+    args: &[&str],
+    settings: &Settings,
+    also_of_errors: bool,
+) -> (Option<i32>, String) {
+    let mut command = command(name, settings);
+    command.args(args).stdout(gone());
+    if also_of_errors {
+        command.stderr(gone());
+    }
+    let run = tokio::task::spawn_blocking(move || command.spawn()?.wait_with_output());
+    let output = run.await.expect("no panic").unwrap_or_else(|error| panic!("running {name}: {error}"));
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// The writing end of a pipe whose reader has gone.
+fn gone() -> PipeWriter {
+    let (_, writer) = pipe().expect("a pipe");
+    writer
 }
 
 /// Resident memory of a process, in KiB.

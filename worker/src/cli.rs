@@ -8,6 +8,7 @@ use serde::Serialize;
 use shared::{
     db::Db,
     lifecycle::graph,
+    output::{note, say},
     parked::{self, Details, Entry, Filter, Stuck},
 };
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -123,13 +124,12 @@ pub async fn run(config: Config, command: Command) -> anyhow::Result<()> {
         Command::Lifecycle(Lifecycle::Graph { name }) => {
             let lifecycles = config.kafka.lifecycles()?;
             match lifecycles.find(&name) {
-                Some(lifecycle) => print!("{}", graph::mermaid(lifecycle)),
+                Some(lifecycle) => say(&graph::mermaid(lifecycle)),
                 None => bail!(
                     "there is no lifecycle {name}; there are {} (your own: LIFECYCLES_DIR names their folder)",
                     lifecycles.names()
                 ),
             }
-            Ok(())
         }
         Command::Parked(command) => of_parked(&database(&config).await?, command).await,
         Command::Stuck { output } => {
@@ -151,15 +151,14 @@ async fn database(config: &Config) -> anyhow::Result<Db> {
 fn check(config: &Config, path: &std::path::Path) -> anyhow::Result<()> {
     let lifecycles = config.kafka.lifecycles_with(path)?;
     let lifecycle = lifecycles.first().with_context(|| format!("{} holds no lifecycle", path.display()))?;
-    println!(
+    say(&format!(
         "{} is sound: {} states, {} transitions, receives {}, sends {}",
         lifecycle.name,
         lifecycle.states.len(),
         lifecycle.transitions.len(),
         count(lifecycle.receives.len(), "topic"),
         count(lifecycle.emits.len(), "message"),
-    );
-    Ok(())
+    ))
 }
 
 fn count(n: usize, what: &str) -> String {
@@ -173,19 +172,20 @@ async fn of_parked(db: &Db, command: Parked) -> anyhow::Result<()> {
             if output.json {
                 return json(&entries);
             }
-            table(&entries);
+            let mut lines = table(&entries);
             if i64::try_from(entries.len()).is_ok_and(|len| len == limit)
                 && let Some(last) = entries.last()
             {
-                println!("there may be more: --after {}", last.id);
+                lines.push(format!("there may be more: --after {}", last.id));
             }
+            say(&lines.join("\n"))
         }
         Parked::Show { id, output } => {
             let details = parked::show(db, id).await?.with_context(|| format!("there is no parked message {id}"))?;
             if output.json {
                 return json(&details);
             }
-            show(&details);
+            say(&shown(&details).join("\n"))
         }
         Parked::Redrive { which, output } => {
             let filter = which.filter()?;
@@ -195,8 +195,9 @@ async fn of_parked(db: &Db, command: Parked) -> anyhow::Result<()> {
             }
             tell(count, "to be tried again", output)?;
             if count == 0 {
-                eprintln!("only dead messages are, and no conflicts: see worker parked list");
+                note("only dead messages are, and no conflicts: see worker parked list");
             }
+            Ok(())
         }
         Parked::Discard { which, output } => {
             let filter = which.filter()?;
@@ -204,10 +205,9 @@ async fn of_parked(db: &Db, command: Parked) -> anyhow::Result<()> {
             if let (0, Some(id)) = (count, filter.id) {
                 bail!("message {id} is done with, or is not there; see worker parked show {id}");
             }
-            tell(count, "discarded", output)?;
+            tell(count, "discarded", output)
         }
     }
-    Ok(())
 }
 
 impl Which {
@@ -225,16 +225,14 @@ fn tell(count: u64, what: &str, output: Output) -> anyhow::Result<()> {
     if output.json {
         return json(&serde_json::json!({ "count": count }));
     }
-    println!("{count} {what}");
-    Ok(())
+    say(&format!("{count} {what}"))
 }
 
 fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+    say(&serde_json::to_string_pretty(value)?)
 }
 
-fn table(entries: &[Entry]) {
+fn table(entries: &[Entry]) -> Vec<String> {
     const WIDEST_REASON: usize = 60;
     let head = ["ID", "KIND", "STATE", "TRIES", "TOPIC", "ORDER", "NEXT TRY", "REASON"].map(str::to_owned);
     let mut rows = vec![head];
@@ -257,35 +255,35 @@ fn table(entries: &[Entry]) {
     }
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..8).map(width).collect();
-    for row in &rows {
+    let line = |row: &[String; 8]| {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-        println!("{}", cells.collect::<Vec<_>>().join("  ").trim_end());
-    }
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    let mut lines: Vec<String> = rows.iter().map(line).collect();
     if entries.is_empty() {
-        println!("nothing is parked");
+        lines.push("nothing is parked".to_owned());
     }
+    lines
 }
 
-fn show(details: &Details) {
+fn shown(details: &Details) -> Vec<String> {
     let Details { entry, key, headers, body, errors } = details;
     let text = |text: &Option<String>| text.as_deref().map_or_else(|| "-".to_owned(), printable);
-    table(std::slice::from_ref(entry));
-    println!("\nreason   {}", text(&entry.reason));
-    let place = |number: Option<String>| number.unwrap_or_else(|| "-".to_owned());
-    println!(
-        "place    {}/{}@{}",
-        entry.topic,
-        place(entry.partition.map(|n| n.to_string())),
-        place(entry.offset.map(|n| n.to_string()))
-    );
-    println!("key      {}", text(key));
-    println!("headers  {headers}");
-    println!("body     {}", text(body));
-    println!("errors");
+    let number = |number: Option<String>| number.unwrap_or_else(|| "-".to_owned());
+    let partition = number(entry.partition.map(|n| n.to_string()));
+    let offset = number(entry.offset.map(|n| n.to_string()));
+    let mut lines = table(std::slice::from_ref(entry));
+    lines.push(format!("\nreason   {}", text(&entry.reason)));
+    lines.push(format!("place    {}/{partition}@{offset}", entry.topic));
+    lines.push(format!("key      {}", text(key)));
+    lines.push(format!("headers  {headers}"));
+    lines.push(format!("body     {}", text(body)));
+    lines.push("errors".to_owned());
     for error in errors.as_array().into_iter().flatten() {
         let field = |name: &str| error[name].as_str().unwrap_or_default().to_owned();
-        println!("  {}  {}", field("at"), printable(&field("error")));
+        lines.push(format!("  {}  {}", field("at"), printable(&field("error"))));
     }
+    lines
 }
 
 /// Others wrote these: a terminal must not obey them.
@@ -296,42 +294,47 @@ fn printable(text: &str) -> String {
 
 fn tell_stuck(stuck: &Stuck) -> anyhow::Result<()> {
     let Stuck { overdue, unhandled, conflicts, unsent, blocked } = stuck;
+    let mut lines = Vec::new();
     let at = |time: &OffsetDateTime| time.format(&Rfc3339).unwrap_or_default();
     for order in overdue {
-        println!(
+        lines.push(format!(
             "overdue   order {} ({}, {}): due {}",
             order.order_id,
             order.lifecycle,
             order.status,
             at(&order.due_at)
-        );
+        ));
     }
     for order in unhandled {
         let (id, since) = (order.order_id, at(&order.created_at));
-        println!(
+        lines.push(format!(
             "unhandled order {id} ({}, {}): no worker has handled it since {since}",
             order.lifecycle, order.status
-        );
+        ));
     }
     for message in conflicts {
-        println!("conflict  message {}: {}", message.id, printable(message.reason.as_deref().unwrap_or_default()));
+        lines.push(format!(
+            "conflict  message {}: {}",
+            message.id,
+            printable(message.reason.as_deref().unwrap_or_default())
+        ));
     }
     for message in unsent {
         let since = at(&message.created_at);
-        println!(
+        lines.push(format!(
             "unsent    order {} version {} to {}, since {since}",
             message.order_id, message.version, message.topic
-        );
+        ));
     }
     for order in blocked {
         let reason = printable(order.reason.as_deref().unwrap_or_default());
         let (id, waiting) = (order.parked_id, order.waiting);
-        println!("blocked   order {}: {waiting} behind dead message {id}: {reason}", order.order_id);
+        lines.push(format!("blocked   order {}: {waiting} behind dead message {id}: {reason}", order.order_id));
     }
     let orders = overdue.len() + unhandled.len() + blocked.len();
     if orders == 0 && conflicts.is_empty() && unsent.is_empty() {
-        println!("nothing is stuck");
-        eprintln!("(messages that nobody could read hold nothing up: worker parked list --state dead)");
+        lines.push("nothing is stuck".to_owned());
+        note("(messages that nobody could read hold nothing up: worker parked list --state dead)");
     }
-    Ok(())
+    say(&lines.join("\n"))
 }

@@ -4,6 +4,8 @@
 //! → [`batch`] and [`store`] write it in one transaction → [`answers`] tells who waits, and marks as read.
 //! What fails goes by [`parking`]; what takes too long, by the [`clock`].
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod answers;
 mod batch;
 pub mod cli;

@@ -1,6 +1,6 @@
 //! Messages from elsewhere: read as the lifecycle's file says, whatever else is in them.
 
-use serde_json::Value;
+use serde_json::{Number, Value};
 use shared::{
     lifecycle::{Lifecycle, Receive},
     message::Headers,
@@ -73,7 +73,7 @@ fn id(body: &Value, pointer: &str) -> Result<Option<String>, String> {
     let text = match body.pointer(pointer) {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(text)) => text.clone(),
-        Some(Value::Number(number)) if number.is_i64() || number.is_u64() => number.to_string(),
+        Some(Value::Number(number)) if is_whole(number) => digits(number),
         Some(_) => return Err(format!("{pointer} must be text or a whole number")),
     };
     if text.is_empty() || text.chars().count() > MAX_ID || text.contains('\0') {
@@ -82,11 +82,24 @@ fn id(body: &Value, pointer: &str) -> Result<Option<String>, String> {
     Ok(Some(text))
 }
 
+/// 7.0 is as good as 7. Beyond 2^53 a double no longer says which number was meant.
+fn is_whole(number: &Number) -> bool {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    number.is_i64() || number.is_u64() || number.as_f64().is_some_and(|n| n.fract() == 0.0 && n.abs() < EXACT)
+}
+
+fn digits(number: &Number) -> String {
+    match number.as_f64() {
+        Some(double) if number.is_f64() && is_whole(number) => format!("{double:.0}"),
+        _ => number.to_string(),
+    }
+}
+
 fn plain(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
         Value::Bool(truth) => Some(truth.to_string()),
-        Value::Number(number) => Some(number.to_string()),
+        Value::Number(number) => Some(digits(number)),
         Value::Null | Value::Array(_) | Value::Object(_) => None,
     }
 }
@@ -115,6 +128,8 @@ mod tests {
         let update = r#"{"eventType":"PaymentCompleted","orderId":12,"timestamp":"2026-01-01T00:00:00Z"}"#;
         let update = of("order.state.update", update).unwrap();
         assert_eq!((update.order_text.as_str(), update.creates), ("12", true));
+        let update = of("order.state.update", r#"{"eventType":"PaymentCompleted","orderId":12.0}"#).unwrap();
+        assert_eq!(update.order_text, "12");
     }
 
     #[test]
@@ -144,6 +159,8 @@ mod tests {
             ("{", "not JSON"),
             ("[]", "/order_id is missing"),
             (r#"{"order_id":["a"],"status":"success"}"#, "/order_id must be text"),
+            (r#"{"order_id":1.5,"status":"success"}"#, "/order_id must be text"),
+            (r#"{"order_id":1e300,"status":"success"}"#, "/order_id must be text"),
             (r#"{"order_id":"a"}"#, "/status is missing"),
             (r#"{"order_id":"a","status":"refunded"}"#, "\"refunded\", and none of failed, success"),
             (r#"{"order_id":"\u0000","status":"success"}"#, "no \\u0000"),

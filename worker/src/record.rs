@@ -5,7 +5,7 @@ use std::fmt::Display;
 use rdkafka::{Message as _, message::BorrowedMessage};
 use shared::{
     lifecycle::Lifecycles,
-    message::{Event, Headers},
+    message::{Event, Headers, unmarked},
     order,
 };
 use uuid::Uuid;
@@ -82,7 +82,7 @@ impl Record {
         if self.headers.is_none() {
             return Err("a header's name is not UTF-8".to_owned());
         }
-        let body = self.body.as_deref().ok_or("the record has no body")?;
+        let body = unmarked(self.body.as_deref().ok_or("the record has no body")?);
         match lifecycles.received(&self.topic) {
             Some((lifecycle, receive)) => received::read(lifecycle, receive, self.headers(), body).map(Said::Received),
             None => event(body).map(Said::Event),
@@ -112,4 +112,31 @@ fn event(body: &[u8]) -> Result<Event<'_>, String> {
         return Err("not an event: a lifecycle, status or currency that is none".to_owned());
     }
     Ok(event)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_order_mark_before_a_body_is_passed_over() {
+        let event = r#"{"event_id":"0198f2a0-0000-7000-8000-000000000001","type":"order.created","order_id":"0198f2a0-0000-7000-8000-000000000002","external_id":null,"user_id":"u","lifecycle":"marketplace","status":"new","version":1,"amount":null,"currency":"USD","items":null,"payload":null,"correlation_id":"0198f2a0-0000-7000-8000-000000000003","timestamp":"2026-01-02T03:04:05Z"}"#;
+        for (topic, body) in [("orders.events", event), ("payment-results", r#"{"order_id":"a","status":"success"}"#)] {
+            let record = |body: String| Record {
+                topic: topic.to_owned(),
+                partition: 0,
+                offset: 0,
+                timestamp: 0,
+                key: None,
+                headers: Some(Headers::NONE),
+                body: Some(body.into_bytes()),
+            };
+            let read = |body| {
+                let record = record(body);
+                record.read(Lifecycles::embedded().unwrap()).map(|said| (said.order_id(), said.cause()))
+            };
+            assert_eq!(read(format!("\u{feff}{body}")).unwrap(), read(body.to_owned()).unwrap());
+            assert!(read(format!("\u{feff}\u{feff}{body}")).is_err());
+        }
+    }
 }

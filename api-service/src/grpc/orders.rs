@@ -1,7 +1,8 @@
 //! `orders.service.v1.OrdersService`: create, update, delete, look up.
 
+use std::fmt::Display;
+
 use serde::Serialize;
-use shared::money::Money;
 use time::format_description::well_known::Rfc3339;
 use tonic::{Request, Response, Status, async_trait};
 
@@ -103,6 +104,6 @@ fn model(order: Order) -> Result<OrderModel, Problem> {
 }
 
 /// The double that is nearest.
-pub(super) fn double(money: Money) -> f64 {
+pub(super) fn double(money: impl Display) -> f64 {
     money.to_string().parse().unwrap_or_default() // a decimal is a number
 }

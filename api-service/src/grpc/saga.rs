@@ -1,7 +1,7 @@
 //! `order.OrderService`: orders of the lifecycle `stock-saga`.
 
 use serde::Serialize;
-use shared::order::{Unknown, Violation, parse_items};
+use shared::order::{Source, Violation, parse_items};
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{
@@ -100,7 +100,7 @@ impl OrderService for Service {
 }
 
 fn told(order: read::Order) -> Order {
-    let items = order.items.as_deref().and_then(|items| parse_items(items, "/items", Unknown::Ignore).ok());
+    let items = order.items.as_deref().and_then(|items| parse_items(items, "/items", Source::Payload).ok());
     let items = items.unwrap_or_default().into_iter().map(|item| OrderItem {
         product_id: item.product_id.into_owned(),
         quantity: i32::try_from(item.quantity).unwrap_or(i32::MAX),

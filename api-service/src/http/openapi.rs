@@ -100,6 +100,47 @@ impl PartialSchema for AmountIn {
 
 impl ToSchema for AmountIn {}
 
+/// How many pieces: a whole number, or a string of one.
+pub(crate) struct QuantityIn;
+
+impl PartialSchema for QuantityIn {
+    fn schema() -> RefOr<Schema> {
+        let number = ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1)).maximum(Some(1_000_000));
+        let number = number.description(Some("2, 2.0 and 2e0 are the same"));
+        let text =
+            ObjectBuilder::new().schema_type(Type::String).pattern(Some(r"^([1-9][0-9]{0,5}|1000000)(\.0{1,20})?$"));
+        OneOfBuilder::new().item(number).item(text).examples([Value::from(2)]).into()
+    }
+}
+
+impl ToSchema for QuantityIn {}
+
+/// How many pieces, as a payload has it: a whole number, or a string of one; 0 where the line was cancelled.
+pub(crate) struct QuantityOfPayload;
+
+impl PartialSchema for QuantityOfPayload {
+    fn schema() -> RefOr<Schema> {
+        let number = ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(0)).maximum(Some(1_000_000));
+        OneOfBuilder::new().item(number).item(ObjectBuilder::new().schema_type(Type::String)).into()
+    }
+}
+
+impl ToSchema for QuantityOfPayload {}
+
+/// A price, as a payload has it: below 0 where something is taken off.
+pub(crate) struct PriceOfPayload;
+
+impl PartialSchema for PriceOfPayload {
+    fn schema() -> RefOr<Schema> {
+        OneOfBuilder::new()
+            .item(ObjectBuilder::new().schema_type(Type::Number))
+            .item(ObjectBuilder::new().schema_type(Type::String))
+            .into()
+    }
+}
+
+impl ToSchema for PriceOfPayload {}
+
 /// An id from elsewhere: text, or a whole number.
 pub(crate) struct ForeignId;
 
@@ -182,8 +223,8 @@ pub(crate) struct RetailOrderRequest {
 pub(crate) struct RetailItemIn {
     #[schema(value_type = ForeignId)]
     product_id: (),
-    #[schema(minimum = 1, maximum = 1_000_000)]
-    quantity: u32,
+    #[schema(value_type = QuantityIn)]
+    quantity: (),
     #[schema(value_type = Option<AmountIn>)]
     unit_price: Option<()>,
 }
@@ -219,7 +260,9 @@ pub(crate) struct NewOrder {
     billing_address: Option<String>,
     #[schema(pattern = r"^[^\u0000]*$")]
     notes: Option<String>,
-    /// Anything else; its `id`, `items`, `amount` and `currency` serve where the fields above are absent.
+    /// Anything else; its `id`, `items`, `amount` and `currency` serve where the fields above are absent. A line of its
+    /// `items` with quantity 0 was cancelled and counts nothing; one with a negative price is a discount; together they
+    /// come to 0 or more.
     #[schema(value_type = Option<AnyObject>)]
     payload: Option<()>,
 }
@@ -279,8 +322,8 @@ enum Deleted {
 pub(crate) struct ItemIn {
     #[schema(value_type = ForeignId)]
     product_id: (),
-    #[schema(minimum = 1, maximum = 1_000_000)]
-    quantity: u32,
+    #[schema(value_type = QuantityIn)]
+    quantity: (),
     #[schema(value_type = AmountIn)]
     unit_price: (),
 }
@@ -289,12 +332,13 @@ pub(crate) struct ItemIn {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes what is stored as JSON")]
 pub(crate) struct Item {
-    #[schema(value_type = ForeignId)]
-    product_id: (),
-    #[schema(minimum = 1, maximum = 1_000_000)]
-    quantity: u32,
+    /// May be absent where the line was cancelled.
+    #[schema(value_type = Option<ForeignId>)]
+    product_id: Option<()>,
+    #[schema(value_type = QuantityOfPayload)]
+    quantity: (),
     /// May be called `price` in a payload.
-    #[schema(value_type = Option<AmountIn>)]
+    #[schema(value_type = Option<PriceOfPayload>)]
     unit_price: Option<()>,
 }
 

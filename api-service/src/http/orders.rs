@@ -13,7 +13,7 @@ use futures_util::StreamExt as _;
 use hyper::body::Body as _;
 use serde::Serialize;
 use shared::{
-    message::{Headers, TRACE_HEADERS},
+    message::{Headers, TRACE_HEADERS, unmarked},
     money::Money,
 };
 use tokio::{
@@ -106,7 +106,7 @@ pub(crate) fn conditions(
     Ok((conditions, applied))
 }
 
-/// A body, and the room that it takes.
+/// A body without its byte order mark, and the room that it takes.
 pub(crate) struct WholeBody {
     pub bytes: Vec<u8>,
     pub room: Option<OwnedSemaphorePermit>,
@@ -174,7 +174,12 @@ pub(crate) async fn read_body(
                 (whole, taken) = (Vec::new(), None);
             }
         }
-        if size > limit { Err(Problem::TooLarge { limit }) } else { Ok(WholeBody { bytes: whole, room: taken }) }
+        if size > limit {
+            return Err(Problem::TooLarge { limit });
+        }
+        let mark = whole.len() - unmarked(&whole).len();
+        whole.drain(..mark);
+        Ok(WholeBody { bytes: whole, room: taken })
     };
     timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::TooSlow))
 }

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 use shared::{
     cache::Key,
-    money::Money,
-    order::{Unknown, Violation, parse_items, total},
+    money::{Money, Price},
+    order::{Source, Violation, parse_items, total},
 };
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -422,9 +422,9 @@ struct ShownItem<'a> {
     product_id: &'a str,
     quantity: u32,
     #[schema(value_type = Amount)]
-    unit_price: Money,
+    unit_price: Price,
     #[schema(value_type = Option<Amount>)]
-    subtotal: Option<Money>,
+    subtotal: Option<Price>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -451,7 +451,7 @@ impl Serialize for Shown {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self(order) = self;
         // What cannot be read as items was refused, and is none of this API's making.
-        let items = order.items.as_deref().and_then(|raw| parse_items(raw, "/items", Unknown::Ignore).ok());
+        let items = order.items.as_deref().and_then(|raw| parse_items(raw, "/items", Source::Payload).ok());
         let items = items.unwrap_or_default();
         let shown = items.iter().enumerate().map(|(index, item)| ShownItem {
             id: Uuid::new_v5(&order.order_id, index.to_string().as_bytes()),

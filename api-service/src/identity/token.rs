@@ -15,7 +15,8 @@ use jsonwebtoken::{
     errors::ErrorKind,
     jwk::{Jwk, JwkSet, PublicKeyUse},
 };
-use serde::Deserialize;
+use serde_json::Value;
+use shared::message::unmarked;
 use tokio_util::sync::CancellationToken;
 
 /// How often a JWKS file is read again: so long a new key may be unknown, and an old one good.
@@ -26,10 +27,10 @@ const LEEWAY: Duration = Duration::from_secs(30);
 const SHORTEST_SECRET: usize = 32;
 
 /// What is read from a token.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Claims {
     pub sub: String,
-    pub role: Option<String>,
+    pub roles: Vec<String>,
 }
 
 /// Where the keys come from.
@@ -44,6 +45,8 @@ pub(crate) enum Source {
 /// The keys of the moment.
 pub(crate) struct Tokens {
     validation: Validation,
+    /// The name of a claim, or a JSON pointer to one.
+    role_claim: String,
     keys: RwLock<Arc<Vec<Key>>>,
 }
 
@@ -56,7 +59,12 @@ struct Key {
 impl Tokens {
     /// # Errors
     /// Naming the file, and what is wrong with it.
-    pub(crate) fn new(source: &Source, issuer: Option<&str>, audience: Option<&str>) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        source: &Source,
+        issuer: Option<&str>,
+        audience: Option<&str>,
+        role_claim: &str,
+    ) -> anyhow::Result<Self> {
         let keys = match source {
             Source::Secret(secret) => vec![secret_key(secret)?],
             Source::Pem(path) => {
@@ -67,7 +75,6 @@ impl Tokens {
             }
         };
         let mut validation = Validation { leeway: LEEWAY.as_secs(), validate_nbf: true, ..Validation::default() };
-        validation.required_spec_claims.insert("sub".to_owned());
         // A token that is for others is refused even where nobody said whom ours are for.
         if let Some(audience) = audience {
             validation.set_audience(&[audience]);
@@ -77,7 +84,7 @@ impl Tokens {
             validation.set_issuer(&[issuer]);
             validation.required_spec_claims.insert("iss".to_owned());
         }
-        Ok(Self { validation, keys: RwLock::new(Arc::new(keys)) })
+        Ok(Self { validation, role_claim: role_claim.to_owned(), keys: RwLock::new(Arc::new(keys)) })
     }
 
     /// The claims of a token that one of the keys has signed and that is good now.
@@ -96,8 +103,8 @@ impl Tokens {
         };
         for key in keys.iter().filter(may_have_signed) {
             let validation = Validation { algorithms: vec![header.alg], ..self.validation.clone() };
-            match decode::<Claims>(token, &key.key, &validation) {
-                Ok(token) => return Ok(token.claims),
+            match decode::<Value>(token, &key.key, &validation) {
+                Ok(token) => return self.claims(&token.claims),
                 Err(error) => match reason(error.kind()) {
                     Some(reason) => return Err(reason),
                     None => refusal = "the token's signature is not good",
@@ -105,6 +112,26 @@ impl Tokens {
             }
         }
         Err(refusal)
+    }
+
+    /// `sub` is text; a whole number is as good, as everywhere. The roles are a text or a list of texts:
+    /// Keycloak and Entra ID give lists.
+    fn claims(&self, claims: &Value) -> Result<Claims, &'static str> {
+        let sub = match &claims["sub"] {
+            Value::String(sub) => sub.clone(),
+            Value::Number(sub) if sub.is_i64() || sub.is_u64() => sub.to_string(),
+            _ => return Err("the token does not say whose it is (sub)"),
+        };
+        let found = match self.role_claim.starts_with('/') {
+            true => claims.pointer(&self.role_claim),
+            false => claims.get(&self.role_claim),
+        };
+        let roles = match found {
+            Some(Value::String(role)) => vec![role.clone()],
+            Some(Value::Array(roles)) => roles.iter().filter_map(Value::as_str).map(ToOwned::to_owned).collect(),
+            _ => Vec::new(),
+        };
+        Ok(Claims { sub, roles })
     }
 
     /// Takes what the file says now, whenever that changes. What cannot be read changes nothing.
@@ -147,7 +174,6 @@ fn reason(kind: &ErrorKind) -> Option<&'static str> {
         ErrorKind::InvalidAudience => "the token is for another audience",
         ErrorKind::MissingRequiredClaim(claim) => match claim.as_str() {
             "exp" => "the token does not say when it expires (exp)",
-            "sub" => "the token does not say whose it is (sub)",
             "iss" => "the token does not say who issued it (iss)",
             _ => "the token does not say whom it is for (aud)",
         },
@@ -179,7 +205,7 @@ fn pem_key(pem: &[u8]) -> anyhow::Result<Key> {
 }
 
 fn jwks_keys(json: &[u8]) -> anyhow::Result<Vec<Key>> {
-    let set: JwkSet = serde_json::from_slice(json).context("is no JSON Web Key Set (RFC 7517)")?;
+    let set: JwkSet = serde_json::from_slice(unmarked(json)).context("is no JSON Web Key Set (RFC 7517)")?;
     let keys: Vec<Key> = set.keys.iter().filter_map(jwk_key).collect();
     if keys.is_empty() {
         bail!("has no key that signatures can be checked with");
@@ -206,4 +232,46 @@ fn jwk_key(jwk: &Jwk) -> Option<Key> {
 
 fn contains(bytes: &[u8], what: &[u8]) -> bool {
     bytes.windows(what.len()).any(|window| window == what)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn claims(role_claim: &str, claims: &Value) -> Result<Claims, &'static str> {
+        let secret = Source::Secret("a secret of at least thirty-two bytes".into());
+        Tokens::new(&secret, None, None, role_claim).unwrap().claims(claims)
+    }
+
+    #[test]
+    fn roles_are_a_text_or_a_list_where_the_setting_says() {
+        let keycloak = json!({ "sub": "u", "realm_access": { "roles": ["offline_access", "service"] } });
+        let entra = json!({ "sub": "u", "roles": ["service"] });
+        let auth0 = json!({ "sub": "u", "https://shop.example/role": "admin" });
+        for (claim, given, roles) in [
+            ("role", json!({ "sub": "u", "role": "service" }), &["service"][..]),
+            ("role", json!({ "sub": "u", "role": ["a", "service", 7, null] }), &["a", "service"]),
+            ("role", json!({ "sub": "u", "role": [] }), &[]),
+            ("role", json!({ "sub": "u", "role": { "service": true } }), &[]),
+            ("role", json!({ "sub": "u", "role": null }), &[]),
+            ("role", keycloak.clone(), &[]),
+            ("/realm_access/roles", keycloak, &["offline_access", "service"]),
+            ("roles", entra, &["service"]),
+            ("https://shop.example/role", auth0, &["admin"]),
+        ] {
+            assert_eq!(claims(claim, &given).unwrap().roles, roles, "{claim} of {given}");
+        }
+    }
+
+    #[test]
+    fn a_user_is_a_text_or_a_whole_number() {
+        let sub = |sub: Value| claims("role", &json!({ "sub": sub })).map(|claims| claims.sub);
+        assert_eq!(sub(json!("u")).as_deref(), Ok("u"));
+        assert_eq!(sub(json!(42)).as_deref(), Ok("42"));
+        for none in [json!(null), json!(1.5), json!(["u"]), json!({}), json!(true)] {
+            assert!(sub(none).is_err_and(|said| said.contains("(sub)")));
+        }
+    }
 }

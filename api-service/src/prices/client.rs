@@ -15,7 +15,7 @@ use hyper_util::{
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use shared::{money::Money, order};
+use shared::{message::unmarked, money::Money, order};
 
 /// Larger than any product; a catalogue is none.
 const MAX_ANSWER: usize = 64 * 1024;
@@ -136,7 +136,7 @@ fn read(body: &[u8]) -> Answer {
         #[serde(borrow)]
         price: Option<&'a RawValue>,
     }
-    let Ok(Enveloped { data, price }) = serde_json::from_slice(body) else {
+    let Ok(Enveloped { data, price }) = serde_json::from_slice(unmarked(body)) else {
         return Answer::Strange("its answer is no JSON object".to_owned());
     };
     let of_data = data.and_then(|data| serde_json::from_str::<Product<'_>>(data.get()).ok()?.price);

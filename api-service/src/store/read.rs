@@ -10,7 +10,7 @@ use shared::{
     db::{Connection, Db, DbError},
     message::Answer,
     money::Money,
-    order::{PayloadFields, Unknown, parse_items},
+    order::{PayloadFields, Source, parse_items},
 };
 use time::OffsetDateTime;
 use tokio_postgres::{Row, types::ToSql};
@@ -245,7 +245,7 @@ pub(super) fn order_of(row: &Row) -> Order {
     // Items that came inside the payload are stored once, there; perhaps the worker refuses them.
     let of_payload = || {
         let items = PayloadFields::of(payload.as_deref()?).ok()?.items?;
-        parse_items(items, "", Unknown::Ignore).is_ok().then(|| items.to_owned())
+        parse_items(items, "", Source::Payload).is_ok().then(|| items.to_owned())
     };
     Order {
         order_id,

@@ -56,6 +56,12 @@ async fn what_is_sent_to_the_api_is_as_its_document_says() {
     sent["external_id"] = json!("market-1");
     document.check("/components/schemas/OrderRequest", &sent);
     let id = api.http().post_order_async(&sent).await.expect_status(201).text("order_id");
+    for quantity in [json!(2), json!(2.0), json!("2"), json!("2.0"), json!(1_000_000)] {
+        let items = json!([{"product_id": "p", "quantity": quantity, "unit_price": "1.10"}]);
+        let body = json!({"user_id": "alice", "items": items});
+        document.check("/components/schemas/OrderRequest", &body);
+        api.http().post_order_async(&body).await.expect_status(201);
+    }
     for change in [json!({"order_id": id, "notes": "n"}), json!({"order_id": id, "status": "deleted"})] {
         document.check("/components/schemas/OrderRequest", &change);
         api.http().post_order_async(&change).await.expect_status(200);

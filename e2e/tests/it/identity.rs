@@ -38,7 +38,8 @@ fn by_header(user: &str, role: Option<&str>) -> Caller {
 fn by_token(user: &str, role: Option<&str>) -> Caller {
     let mut claims = claims(user);
     if let Some(role) = role {
-        claims["role"] = json!(role);
+        // As Keycloak and Entra ID say it.
+        claims["role"] = json!(["offline_access", role]);
     }
     bearer(&signed(&claims))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use test_support::{
     Api, Method, Record, Settings, System, Worker, beside_others, eventually, order, refused_at_start, run_to_end,
+    run_without_a_reader,
 };
 
 use crate::lifecycles::Folder;
@@ -60,6 +61,79 @@ async fn parked_messages_are_listed_shown_redriven_and_discarded_on_the_command_
     assert_eq!((code, said.trim()), (Some(0), "2 discarded"));
     assert!(listed(&[]).await.is_empty());
     assert_eq!(listed(&["--state", "discarded"]).await.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_goes_first_ends_every_command_in_silence() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let topic = format!("{}.results", system.events());
+    let settings = system.settings().clone().with(&[("PAYMENT_RESULTS_TOPIC", &topic)]);
+    let (api, worker) = (Api::start(&settings).await, Worker::start(&settings).await);
+    let order_id = api.http().post_order(&order("alice")).await.expect_status(201).text("order_id");
+    system.kafka.produce_all(&topic, vec![Record::new("key", "no JSON")]).await;
+    let listed = eventually("a parked message", || async {
+        let (_, listed) = run_to_end("worker", &["parked", "list", "--json"], &settings).await;
+        let parked: Vec<Value> = serde_json::from_str(&listed).map_err(|_| listed)?;
+        parked.first().map(|message| message["id"].to_string()).ok_or_else(|| "none".to_owned())
+    })
+    .await;
+    let folder = Folder::with("retail.toml", include_str!("../../../lifecycles/retail.toml"));
+    let file = format!("{}/retail.toml", folder.path());
+    let folder = Folder::with("orders.ndjson", &format!("{}\n", order("bulk")));
+    let orders = format!("{}/orders.ndjson", folder.path());
+    let client = settings.clone().with(&[("ORDERSTREAM_URL", &format!("http://{}", api.http().address()))]);
+    for (binary, args) in [
+        ("worker", &["parked", "list"][..]),
+        ("worker", &["parked", "list", "--json"]),
+        ("worker", &["parked", "show", &listed]),
+        ("worker", &["parked", "redrive", "--topic", &topic]),
+        ("worker", &["stuck"]),
+        ("worker", &["stuck", "--json"]),
+        ("worker", &["lifecycle", "graph", "shipment"]),
+        ("worker", &["lifecycle", "check", &file]),
+        ("worker", &["--help"]),
+        ("api-service", &["migrate"]),
+        ("api-service", &["--help"]),
+        ("orderstream", &["list"]),
+        ("orderstream", &["list", "--json"]),
+        ("orderstream", &["get", &order_id]),
+        ("orderstream", &["history", &order_id]),
+        ("orderstream", &["watch", "--since", "0", &order_id]),
+        ("orderstream", &["bulk", &orders]),
+        ("orderstream", &["bulk", "--json", &orders]),
+        ("orderstream", &["completions", "bash"]),
+        ("orderstream", &["--help"]),
+    ] {
+        for unread_errors in [false, true] {
+            let (code, said) = run_without_a_reader(binary, args, &client, unread_errors).await;
+            // What clap prints itself ends as if all were read.
+            let ends = matches!(code, Some(141)) || (code == Some(0) && args == ["--help"]);
+            assert!(ends, "{binary} {args:?} ended with {code:?}: {said}");
+            let is_silent = !said.contains("panicked") && !said.contains("error");
+            assert!(is_silent, "{binary} {args:?}: {said}");
+        }
+    }
+    // An error that nobody reads is an error, and no panic.
+    let (code, _) = run_without_a_reader("worker", &["parked", "show", "999999"], &settings, true).await;
+    assert_eq!(code, Some(1));
+    api.assert_healthy().await;
+    worker.assert_healthy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_go_on_when_nobody_reads_their_log() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let settings = system.settings().clone().with(&[("LOG_LEVEL", "debug")]);
+    let (api, worker) = (Api::start_unread(&settings).await, Worker::start_unread(&settings).await);
+    api.http().post_order(&order("alice")).await.expect_status(201);
+    api.assert_healthy().await;
+    worker.assert_healthy().await;
+    api.sigterm();
+    worker.sigterm();
+    assert!(api.exit_within(Duration::from_secs(20)).await.success());
+    assert!(worker.exit_within(Duration::from_secs(20)).await.success());
 }
 
 #[tokio::test(flavor = "multi_thread")]

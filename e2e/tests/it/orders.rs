@@ -1,7 +1,7 @@
 //! One order's life over `POST /orders`, as a client sees it.
 
 use serde_json::json;
-use test_support::{System, beside_others, eventually, item, order};
+use test_support::{Method, System, beside_others, eventually, item, order};
 
 use crate::scenarios;
 
@@ -278,4 +278,83 @@ async fn nobody_waiting_means_no_ack() {
     assert!(system.kafka.read(system.acks()).await.is_empty());
     let events = system.kafka.read(system.events()).await;
     assert!(events[0].header("kafka_correlationId").is_none(), "{:?}", events[0].headers);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_other_systems_send_is_taken_as_they_mean_it() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let (api, _worker) = (system.api().await, system.worker().await);
+    let http = api.http();
+    let send = async |method: Method, path: &str, headers: &[(&str, &str)], body: &str| {
+        http.send(method, path, headers, body.to_owned().into()).await.expect("an answer")
+    };
+    let json = [("content-type", "application/json")];
+
+    // Whole numbers, however they are written; what is told is a number.
+    let items = r#"[{"product_id":7.0,"quantity":2.0,"unit_price":"1.50"},{"product_id":"b","quantity":"3","unit_price":1},
+        {"product_id":"c","quantity":1e1,"unit_price":0.25}]"#;
+    let made = send(Method::POST, "/orders", &json, &format!(r#"{{"user_id":"u","items":{items}}}"#)).await;
+    let made = made.expect_status(201);
+    assert_eq!(made.json()["amount"], 8.5, "{}", made.summary());
+    let told = http.get_order(&made.text("order_id")).await["items"].clone();
+    let quantities: Vec<_> = told.as_array().expect("items").iter().map(|item| item["quantity"].clone()).collect();
+    assert_eq!((quantities, &told[0]["product_id"]), (vec![json!(2), json!(3), json!(10)], &json!("7")));
+    let half = r#"{"user_id":"u","items":[{"product_id":"p","quantity":2.5,"unit_price":1}]}"#;
+    assert_eq!(
+        send(Method::POST, "/orders", &json, half).await.expect_status(422).json()["errors"][0]["pointer"],
+        "/items/0/quantity"
+    );
+    let shop = format!(r#"{{"user_id":"u","order_items":{items}}}"#);
+    assert_eq!(
+        send(Method::POST, "/api/orders", &json, &shop).await.expect_status(201).json()["data"]["total_amount"],
+        8.5
+    );
+
+    // A marketplace's lines: one was cancelled, one is a coupon.
+    for (lines, amount) in [
+        (
+            r#"{"product_id":"a","quantity":"2.0","price":"19.99"},{"product_id":"b","quantity":0,"price":5}"#,
+            Some("39.98"),
+        ),
+        (
+            r#"{"product_id":"OFF","quantity":1,"unit_price":-10},{"product_id":"a","quantity":2,"price":"19.99"}"#,
+            Some("29.98"),
+        ),
+        (r#"{"product_id":"a","quantity":0}"#, Some("0")),
+        (r#"{"product_id":"OFF","quantity":1,"price":"-0.01"}"#, None),
+        (r#"{"product_id":"a","quantity":-1,"price":1}"#, None),
+    ] {
+        let body = format!(r#"{{"user_id":"u","payload":{{"items":[{lines}]}}}}"#);
+        let reply = send(Method::POST, "/orders", &json, &body).await;
+        match amount {
+            Some(amount) => {
+                let told = String::from_utf8_lossy(&reply.expect_status(201).body).into_owned();
+                assert!(told.contains(&format!(r#""amount":{amount},"#)), "{lines}: {told}");
+            }
+            None => assert_eq!(reply.expect_status(422).problem(), "rejected", "{lines}"),
+        }
+    }
+
+    // A byte order mark before whatever is JSON is no part of it.
+    let order = r#"{"user_id":"u","external_id":"marked","payload_json":"\ufeff{\"amount\":5}"}"#;
+    let marked = format!("\u{feff}{order}");
+    let key = [("content-type", "application/json"), ("idempotency-key", "marked")];
+    let first = send(Method::POST, "/orders", &key, &marked).await.expect_status(201);
+    assert_eq!(first.json()["amount"], 5);
+    let again = send(Method::POST, "/orders", &key, order).await.expect_status(201);
+    assert_eq!(again.header("idempotency-replayed"), Some("true"), "{}", again.summary());
+    send(Method::POST, "/orders", &json, order).await.expect_status(200);
+    let path = format!("/orders/{}/status", first.text("order_id"));
+    send(Method::PUT, &path, &json, "\u{feff}{\"status\":\"processing\"}").await.expect_status(200);
+    send(Method::POST, "/api/orders", &json, &format!("\u{feff}{shop}")).await.expect_status(201);
+    for (policy, id) in [("reject-failed", "b1"), ("reject-all", "b2")] {
+        let lines = format!("\u{feff}{{\"user_id\":\"u\",\"external_id\":\"{id}\"}}\n");
+        let headers = [("content-type", "application/x-ndjson")];
+        let reply =
+            send(Method::POST, &format!("/orders/bulk?policy={policy}"), &headers, &lines).await.expect_status(200);
+        assert!(String::from_utf8_lossy(&reply.body).contains("\"created\":1"), "{}", reply.summary());
+    }
+    assert_eq!(send(Method::POST, "/orders", &json, "\u{feff}").await.expect_status(400).problem(), "malformed");
+    system.ledger().settle().await;
 }

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{
     money::Money,
-    order::{Item, PayloadFields, Unknown, parse_items, public_id, whole},
+    order::{Item, PayloadFields, Source, parse_items, public_id, whole},
 };
 
 /// A message to be sent when an order moves.
@@ -292,14 +292,14 @@ impl Field {
 impl<'a> Subject<'a> {
     /// The order's own items, else those of its payload.
     fn parsed_items(&self) -> Result<Vec<Item<'a>>, String> {
-        let parse = |raw, pointer, unknown| {
-            parse_items(raw, pointer, unknown).map_err(|violations| crate::order::sentence(&violations))
+        let parse = |raw, pointer, source| {
+            parse_items(raw, pointer, source).map_err(|violations| crate::order::sentence(&violations))
         };
         if let Some(items) = self.items {
-            return parse(items, "/items", Unknown::Refuse);
+            return parse(items, "/items", Source::Own);
         }
         let of_payload = self.payload.and_then(|payload| PayloadFields::of(payload).ok()).and_then(|f| f.items);
-        of_payload.map_or(Ok(Vec::new()), |items| parse(items, "/payload/items", Unknown::Ignore))
+        of_payload.map_or(Ok(Vec::new()), |items| parse(items, "/payload/items", Source::Payload))
     }
 }
 
@@ -379,6 +379,11 @@ mod tests {
         assert_eq!(json(Some(&own), Some(&payload)), r#"{"items":[{"id":"a\"","n":2,"p":1.50}]}"#);
         assert_eq!(json(None, Some(&payload)), r#"{"items":[{"id":"7","n":1,"p":2}]}"#);
         assert_eq!(json(None, None), r#"{"items":[]}"#);
+        // What was cancelled is not told, what is taken off is.
+        let payload = raw(
+            r#"{"items":[{"product_id":"c","quantity":0},{"product_id":"b","quantity":"2.0","price":9},{"product_id":"o","quantity":1,"price":-1.5}]}"#,
+        );
+        assert_eq!(json(None, Some(&payload)), r#"{"items":[{"id":"b","n":2,"p":9},{"id":"o","n":1,"p":-1.5}]}"#);
     }
 
     #[test]

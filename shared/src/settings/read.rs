@@ -11,6 +11,8 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
+use crate::{message::unmarked, output::note};
+
 /// Names that the five seed systems use for the same thing.
 const OLDER_NAMES: &[(&str, &str)] = &[
     ("DATABASE_URL", "POSTGRES_DSN"),
@@ -29,7 +31,7 @@ const OLDER_NAMES: &[(&str, &str)] = &[
 #[must_use]
 pub fn parse<S: Parser>() -> S {
     let dotenv = dotenv().unwrap_or_else(|error| {
-        eprintln!("error: .env: {error}");
+        note(&format!("error: .env: {error}"));
         std::process::exit(2);
     });
     let environment = |name: &str| std::env::var(name).ok();
@@ -58,7 +60,7 @@ fn dotenv() -> Result<HashMap<String, String>, String> {
 }
 
 fn pairs(file: &[u8]) -> Result<HashMap<String, String>, String> {
-    let file = file.strip_prefix("\u{feff}".as_bytes()).unwrap_or(file);
+    let file = unmarked(file);
     dotenvy::from_read_iter(file).collect::<Result<_, _>>().map_err(|error| match error {
         // It holds the line, or its value: perhaps a password.
         dotenvy::Error::LineParse(text, _) => {

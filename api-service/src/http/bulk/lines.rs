@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt as _};
+use shared::message::unmarked;
 use tokio::time::{Instant, timeout_at};
 
 /// A line that holds something, and its number from 1: empty ones are counted, too.
@@ -119,19 +120,13 @@ where
             self.keep(&rest);
             std::mem::take(&mut self.begun).freeze()
         };
-        let line = match line.strip_prefix(BYTE_ORDER_MARK) {
-            Some(rest) if self.number == 1 => line.slice_ref(rest),
-            _ => line,
-        };
+        let line = if self.number == 1 { line.slice_ref(unmarked(&line)) } else { line };
         if std::mem::take(&mut self.is_too_long) {
             return Some(Line::TooLong(self.number));
         }
         (!line.trim_ascii().is_empty()).then_some(Line::Whole(self.number, line))
     }
 }
-
-/// That some editors begin a file with, and that is no part of its first line.
-pub(super) const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 #[cfg(test)]
 mod tests {

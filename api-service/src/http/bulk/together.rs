@@ -15,9 +15,7 @@ use super::{
         App, BODY_TIMEOUT,
         orders::{read_body, trace},
     },
-    Item, Place, answer,
-    lines::BYTE_ORDER_MARK,
-    no_body, parse, size,
+    Item, Place, answer, no_body, parse, size,
 };
 use crate::{
     error::Problem,
@@ -56,8 +54,7 @@ pub(super) async fn together(
     }
     let mut parsed: Vec<(u64, Result<Box<NewOrder>, Problem>)> = Vec::new();
     let mut errors = 0;
-    let text = whole.bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&whole.bytes);
-    for (line, number) in text.split(|byte| *byte == b'\n').zip(1..) {
+    for (line, number) in whole.bytes.split(|byte| *byte == b'\n').zip(1..) {
         if line.trim_ascii().is_empty() {
             continue;
         }
