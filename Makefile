@@ -1,6 +1,6 @@
 # The steps themselves are scripts in deploy/, which also take arguments.
 .DEFAULT_GOAL := help
-.PHONY: help run run-api run-worker test demo migrate bench bench-scale bench-micro lint proto compose-test down clean
+.PHONY: help run run-api run-worker test test-clusters soak demo migrate bench bench-scale bench-micro lint proto compose-test down clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,12 @@ run-worker: ## Only the worker
 
 test: ## All tests, on a PostgreSQL and a Kafka of their own (ARGS="a part of a name" runs some)
 	@deploy/test $(ARGS)
+
+test-clusters: ## PostgreSQL that fails over and three brokers that die, each in turn (ROUNDS=2)
+	@ROUNDS=$${ROUNDS:-2} deploy/test --show-output clusters::
+
+soak: ## Break everything at random under load, and check what clients heard (MINUTES=10, SEED=…, CLIENTS=32)
+	@deploy/soak
 
 demo: ## Send a file of orders through the service (FILE=orders.ndjson)
 	@deploy/demo $(if $(FILE),"$(FILE)")

@@ -155,6 +155,45 @@ kill_all() {
   die "processes ${ids[*]} do not end"
 }
 
+# bounded COMMAND…: ends it, with all that it started, when this script has taken $limit minutes (if set), or
+# when it ends, however it ends: at its end, end_running.
+running=
+bounded() {
+  local left=0 with_parent=() code=0 # 0: as long as it takes
+  if [ -n "${limit-}" ]; then
+    left=$((limit * 60 - SECONDS))
+    [ "$left" -gt 0 ] || return 124
+  fi
+  if setpriv --pdeathsig TERM true 2>/dev/null; then with_parent=(setpriv --pdeathsig TERM --); fi
+  # In the background, so that a signal to this script is heard at once. timeout has a process group of its
+  # own, with all that it starts.
+  "${with_parent[@]}" timeout --kill-after=10 "$left" "$@" 9>&- &
+  running=$!
+  wait "$running" || code=$?
+  running=
+  return "$code"
+}
+
+end_running() {
+  [ -n "$running" ] || return 0
+  # timeout is the leader of its group, but in its first moment.
+  kill -KILL -- "-$running" 2>/dev/null || kill -KILL "$running" 2>/dev/null
+  wait "$running"
+}
+
+# remove_instances FOLDER: servers that tests and the like have started in it, and that were killed before
+# they could end them. Then the folder.
+remove_instances() {
+  local mark folder
+  for mark in "$1"/*/lock "$1"/*/*/lock; do
+    [ -e "$mark" ] || continue
+    folder=${mark%/lock}
+    if [ -e "$folder/server.properties" ]; then "$root/deploy/local/kafka" remove "$folder" 9>&-; fi
+    if [ -e "$folder/instance" ] || [ -e "$folder/location" ]; then "$root/deploy/local/postgres" remove "$folder" 9>&-; fi
+  done
+  rm -rf "$1"
+}
+
 # --- Certificates -------------------------------------------------------------------------------
 
 # make_certificates FOLDER: ca.crt, and server.crt with server.key for this machine's loopback.

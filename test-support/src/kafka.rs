@@ -20,6 +20,9 @@ use crate::wait::wait_for;
 /// For one call to the broker. Generous, since a broker may be starting.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// For a broker that has come back to have what it missed.
+const CATCHES_UP_WITHIN: Duration = Duration::from_secs(90);
+
 /// In the order they were set; a value may be absent.
 pub type Headers = Vec<(String, Option<Vec<u8>>)>;
 
@@ -229,6 +232,16 @@ impl TestKafka {
             Ok(copies.collect())
         })
         .await
+    }
+
+    /// Until each partition of each topic has all of its copies, and each of them has all of it.
+    pub async fn wait_for_whole_copies(&self) {
+        wait_for("all copies of all topics to be whole", CATCHES_UP_WITHIN, || async {
+            let copies = self.copies().await.map_err(|error| error.to_string())?;
+            let missing: Vec<_> = copies.into_iter().filter(|copies| copies.whole < copies.wanted).collect();
+            if missing.is_empty() { Ok(()) } else { Err(format!("{missing:?}")) }
+        })
+        .await;
     }
 
     /// Sends one record and waits until the broker has it; gives its partition and offset.

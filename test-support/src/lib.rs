@@ -4,6 +4,7 @@
 //! It is written for tests: infrastructure that is not there, and conditions that do not come
 //! true, panic with a message that says what to do or what was last seen.
 
+mod cluster;
 mod database;
 mod events;
 mod gate;
@@ -12,6 +13,7 @@ mod instances;
 mod kafka;
 mod ledger;
 mod orders;
+mod pair;
 mod pgbouncer;
 mod process;
 mod proxy;
@@ -21,15 +23,17 @@ mod system;
 mod turn;
 mod wait;
 
+pub use cluster::KafkaCluster;
 pub use database::{Dsn, TestDb};
 pub use events::{Event, EventStream};
 pub use gate::CommitGate;
 pub use http::{HttpClient, Reply};
 pub use hyper::Method;
 pub use instances::{PrivateKafka, PrivatePostgres};
-pub use kafka::{Headers, Message, Record, TestKafka, Topics};
+pub use kafka::{Copies, Headers, Message, Record, TestKafka, Topics};
 pub use ledger::{Accepted, Ledger};
 pub use orders::{item, marketplace_event, marketplace_order, order, shop_order};
+pub use pair::PostgresPair;
 pub use pgbouncer::PgBouncer;
 pub use process::{Api, Service, Settings, Worker, memory_kib, refused_at_start, run_to_end, run_without_a_reader};
 pub use proxy::{Mode, Proxy};

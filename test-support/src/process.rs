@@ -1,10 +1,11 @@
 //! The real binaries as a test starts, kills, stops and questions them.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead, BufReader, PipeWriter, Read, pipe};
+use std::fs::File;
+use std::io::{BufRead, BufReader, PipeWriter, Read, Write as _, pipe};
 use std::net::TcpListener;
 use std::ops::Deref;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
@@ -23,11 +24,19 @@ const KEPT_LOG_LINES: usize = 400;
 
 /// The environment of a process, all of it but for what every program needs.
 #[derive(Clone, Debug, Default)]
-pub struct Settings(BTreeMap<String, String>);
+pub struct Settings {
+    variables: BTreeMap<String, String>,
+    log_file: Option<PathBuf>,
+}
 
 impl Settings {
     pub fn set(&mut self, key: &str, value: impl ToString) {
-        self.0.insert(key.to_owned(), value.to_string());
+        self.variables.insert(key.to_owned(), value.to_string());
+    }
+
+    /// All that the process says is also added to this file.
+    pub fn log_to(&mut self, file: PathBuf) {
+        self.log_file = Some(file);
     }
 
     pub fn with(mut self, changes: &[(&str, &str)]) -> Self {
@@ -125,12 +134,12 @@ impl Service {
     async fn spawn(name: &'static str, port_key: &str, settings: &Settings) -> Self {
         let mut command = command(name, settings);
         for key in [port_key, "GRPC_PORT", "ADMIN_PORT"] {
-            if !settings.0.contains_key(key) {
+            if !settings.variables.contains_key(key) {
                 command.env(key, "127.0.0.1:0");
             }
         }
         let mut child = command.spawn().unwrap_or_else(|error| panic!("starting {name}: {error}"));
-        let log = Log::default();
+        let log = Log::to_file(settings.log_file.as_deref());
         let stderr = child.stderr.take().expect("stderr is piped");
         let stdout = child.stdout.take().expect("stdout is piped");
         let (addresses, address) = channel();
@@ -288,7 +297,7 @@ pub async fn refused_at_start(name: &'static str, settings: &Settings) -> String
     let mut command = command(name, settings);
     // What is refused should not be a port that somebody else has.
     for key in ["API_PORT", "WORKER_PORT", "GRPC_PORT", "ADMIN_PORT"] {
-        if !settings.0.contains_key(key) {
+        if !settings.variables.contains_key(key) {
             command.env(key, "127.0.0.1:0");
         }
     }
@@ -378,7 +387,7 @@ fn command(name: &str, settings: &Settings) -> Command {
                 .any(|kept| key == kept)
         }))
         .env("RUST_BACKTRACE", "1")
-        .envs(&settings.0)
+        .envs(&settings.variables)
         // Not in the checkout: a developer's .env would be read.
         .current_dir(std::env::temp_dir())
         .stdin(Stdio::null())
@@ -387,14 +396,12 @@ fn command(name: &str, settings: &Settings) -> Command {
     command
 }
 
-/// Beside the test executable: `target/<profile>/deps/it-…` → `target/<profile>/<name>`.
+/// Beside the executable: `target/<profile>/<name>` for `target/<profile>/deps/it-…` and for
+/// `target/<profile>/soak`.
 fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a test knows its executable");
-    let profile = test
-        .ancestors()
-        .find(|directory| directory.file_name().is_some_and(|last| last == "deps"))
-        .and_then(|deps| deps.parent())
-        .unwrap_or_else(|| panic!("{} is not in a target directory", test.display()));
+    let running = std::env::current_exe().expect("a program knows its executable");
+    let folder = running.parent().unwrap_or_else(|| panic!("{} is in no folder", running.display()));
+    let profile = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let binary = profile.join(name);
     assert!(binary.exists(), "{} is not built: run `make test`, or `cargo build --release` first", binary.display());
     binary
@@ -415,9 +422,19 @@ struct Log(Arc<Mutex<LogLines>>);
 struct LogLines {
     last: VecDeque<String>,
     panicked: bool,
+    /// Where all of them go, too.
+    file: Option<File>,
 }
 
 impl Log {
+    fn to_file(path: Option<&Path>) -> Self {
+        let file = path.map(|path| {
+            let file = File::options().append(true).create(true).open(path);
+            file.unwrap_or_else(|error| panic!("the log file {}: {error}", path.display()))
+        });
+        Self(Arc::new(Mutex::new(LogLines { file, ..LogLines::default() })))
+    }
+
     /// Reads `stream` to its end on a thread of its own, so that a full pipe never stops the
     /// process.
     fn keep(&self, stream: impl Read + Send + 'static, on_line: impl Fn(&str) + Send + 'static) -> JoinHandle<()> {
@@ -434,6 +451,9 @@ impl Log {
 
     fn add(&self, line: String) {
         let mut lines = self.lines();
+        if let Some(file) = &mut lines.file {
+            let _ = writeln!(file, "{line}");
+        }
         lines.panicked |= line.contains("panicked at");
         if lines.last.len() == KEPT_LOG_LINES {
             lines.last.pop_front();

@@ -1,5 +1,6 @@
 //! Callers that go on posting while a test breaks things, and remember what they were told.
 
+use std::fmt::{self, Display, Formatter};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
@@ -45,6 +46,30 @@ impl Replicas {
 pub(crate) struct Outcome {
     pub(crate) reply: Reply,
     pub(crate) sent_at: Instant,
+}
+
+impl Outcome {
+    /// Stored, and handled by a worker.
+    fn is_answered(&self) -> bool {
+        let has_waited = self.reply.header("preference-applied") != Some("respond-async");
+        self.reply.is_success() && self.reply.status != 202 && has_waited
+    }
+}
+
+/// How long after a moment the first request that was sent since was answered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Recovery {
+    /// As stored.
+    pub(crate) accepted: Duration,
+    /// As handled.
+    pub(crate) answered: Duration,
+}
+
+impl Display for Recovery {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { accepted, answered } = self;
+        write!(f, "accepted after {:.1} s, answered after {:.1} s", accepted.as_secs_f64(), answered.as_secs_f64())
+    }
 }
 
 /// Running callers. What they were told is in [`Load::stop`].
@@ -93,6 +118,46 @@ impl Load {
         .await;
     }
 
+    /// Waits until requests that were sent after `broken_at` are stored and handled again; tells how long
+    /// that was after `mended_at`.
+    pub(crate) async fn recovery(&self, broken_at: Instant, mended_at: Instant) -> Recovery {
+        let since = |outcomes: &[Outcome], is: fn(&Outcome) -> bool| {
+            let ends =
+                outcomes.iter().filter(|outcome| is(outcome)).map(|outcome| outcome.sent_at + outcome.reply.took);
+            ends.min().map(|end| end.saturating_duration_since(mended_at))
+        };
+        let turns = AtomicUsize::new(0);
+        wait_for("an order to be answered again", GIVE_UP, || async {
+            let outcomes = self.sent_after(broken_at);
+            let accepted = since(&outcomes, |outcome| outcome.reply.is_success());
+            if accepted.is_none() {
+                // The callers wait for the worker, too.
+                self.probe(turns.fetch_add(1, Ordering::Relaxed)).await;
+            }
+            match (accepted, since(&outcomes, Outcome::is_answered)) {
+                (Some(accepted), Some(answered)) => Ok(Recovery { accepted, answered }),
+                (accepted, _) => Err(format!("accepted after {accepted:?}; last answer: {}", self.last_answer())),
+            }
+        })
+        .await
+    }
+
+    /// An order whose caller does not wait for the worker.
+    async fn probe(&self, turn: usize) {
+        let order = json!({ "user_id": unique("probe"), "items": [item("sku", 1, "1.25")] });
+        let sent_at = Instant::now();
+        let api = self.shared.replicas.pick(turn);
+        if let Ok(reply) = api.try_post_order(&order, &[("prefer", "respond-async")]).await {
+            self.shared.outcomes.lock().expect("never poisoned").push(Outcome { reply, sent_at });
+        }
+    }
+
+    /// What was answered to requests that were sent after `moment`.
+    pub(crate) fn sent_after(&self, moment: Instant) -> Vec<Outcome> {
+        let outcomes = self.shared.outcomes.lock().expect("never poisoned");
+        outcomes.iter().filter(|outcome| outcome.sent_at > moment).cloned().collect()
+    }
+
     fn last_answer(&self) -> String {
         let outcomes = self.shared.outcomes.lock().expect("never poisoned");
         outcomes.last().map_or("none".to_owned(), |outcome| outcome.reply.summary())
@@ -114,6 +179,11 @@ impl Load {
 /// The changes that callers were told are stored.
 pub(crate) fn accepted(outcomes: &[Outcome]) -> Vec<Accepted> {
     outcomes.iter().filter(|outcome| outcome.reply.is_success()).map(|outcome| Accepted::from(&outcome.reply)).collect()
+}
+
+/// The longest that any caller waited for its answer.
+pub(crate) fn longest_wait(outcomes: &[Outcome]) -> Duration {
+    outcomes.iter().map(|outcome| outcome.reply.took).max().unwrap_or_default()
 }
 
 /// How many answers had which status, for messages.

@@ -7,6 +7,7 @@ mod batches;
 mod bulk;
 mod cache;
 mod clock;
+mod clusters;
 #[cfg(feature = "compose")]
 mod compose;
 mod contract;
