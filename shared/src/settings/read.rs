@@ -84,6 +84,9 @@ fn is_name(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
+/// What is said somewhere under a name.
+type Place<'a> = &'a dyn Fn(&str) -> Option<String>;
+
 /// As [`parse`], over any environment but clap's own reading of it.
 ///
 /// # Errors
@@ -98,15 +101,14 @@ pub fn parse_from<S: Parser>(
     let mut args: Vec<OsString> = args.into_iter().collect();
     let flags = own_flags(&known, &mut args);
     let (mut supplied, mut origins, mut refusal) = (Vec::new(), Vec::new(), None);
-    let places: [&dyn Fn(&str) -> Option<String>; 2] =
-        [&|name| given(environment(name)), &|name| given(dotenv.get(name).cloned())];
+    let places: [Place<'_>; 2] = [&|name| given(environment(name)), &|name| given(dotenv.get(name).cloned())];
     for arg in known.get_arguments().filter(|arg| matches!(arg.get_action(), ArgAction::Set)) {
         let (Some(flag), Some(name)) = (arg.get_long(), name_of(arg)) else { continue };
         if environment(name).is_some_and(|value| trimmed(&value).is_empty()) {
             command = command.mut_arg(arg.get_id(), |arg| arg.env(None));
         }
         let of_flag = |flag: &str| flags.get(flag).cloned();
-        let file = file_of(arg).and_then(|(file_flag, _)| of_flag(&file_flag));
+        let file = file_of(arg).and_then(|(flag, _)| of_flag(&flag)).filter(|path| !path.is_empty());
         let found = match (of_flag(flag), file) {
             (Some(_), Some(_)) => Err(format!("--{flag} and --{flag}-file are both given; leave one out")),
             (Some(_), None) => continue,
@@ -184,11 +186,7 @@ fn with_files(command: Command) -> Command {
 }
 
 /// What a place says under this name, or the file that it names; with the name that it was said under.
-fn told_by(
-    name: &str,
-    is_secret: bool,
-    place: impl Fn(&str) -> Option<String>,
-) -> Result<Option<(String, String)>, String> {
+fn told_by(name: &str, is_secret: bool, place: Place<'_>) -> Result<Option<(String, String)>, String> {
     let file_name = format!("{name}_FILE");
     match (place(name), place(&file_name).filter(|_| is_secret)) {
         (Some(_), Some(_)) => Err(format!("{name} and {file_name} are both given; leave one out")),
