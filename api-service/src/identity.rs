@@ -6,6 +6,7 @@ pub(crate) mod token;
 use std::sync::Arc;
 
 use axum::http::{HeaderMap, HeaderName, header};
+use serde::{Deserialize, Serialize};
 use shared::order::MAX_ID;
 
 use crate::error::Problem;
@@ -25,8 +26,8 @@ pub(crate) enum Identity {
     Jwt(Arc<Tokens>),
 }
 
-/// Somebody who makes a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Somebody who makes a request. In this form, too, within a ticket.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub(crate) struct Caller {
     /// Whom it says it is; without an identity perhaps nobody.
     user: Option<String>,

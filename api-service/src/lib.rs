@@ -27,6 +27,7 @@ mod prices;
 mod rate;
 mod request;
 mod store;
+mod tickets;
 mod unpriced;
 mod waiters;
 mod watch;
@@ -57,6 +58,7 @@ use crate::{
     identity::Identity,
     orders::{Foreign, Orders},
     rate::RateLimiter,
+    tickets::Tickets,
     waiters::Waiters,
     watch::Watchers,
     write_path::WritePath,
@@ -152,6 +154,7 @@ pub async fn run(
         foreign: Foreign::default(),
     };
     let app = Arc::new(AppState {
+        tickets: Tickets::new(orders.db.clone()),
         orders,
         identity,
         watchers,

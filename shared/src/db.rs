@@ -484,7 +484,7 @@ pub enum MigrateError {
 
 /// The steps to the schema, each by its file's name and text. They are listed here, and not found by
 /// refinery's macro: the macro has refinery, and all that it stands on, compiled a second time.
-const MIGRATIONS: [(&str, &str); 11] = [
+const MIGRATIONS: [(&str, &str); 12] = [
     ("V1__orders", include_str!("../../migrations/V1__orders.sql")),
     ("V2__lifecycles", include_str!("../../migrations/V2__lifecycles.sql")),
     ("V3__parked_lookups", include_str!("../../migrations/V3__parked_lookups.sql")),
@@ -496,6 +496,7 @@ const MIGRATIONS: [(&str, &str); 11] = [
     ("V9__statistics", include_str!("../../migrations/V9__statistics.sql")),
     ("V10__steady_vacuum", include_str!("../../migrations/V10__steady_vacuum.sql")),
     ("V11__deleted_refs", include_str!("../../migrations/V11__deleted_refs.sql")),
+    ("V12__ticket_keys", include_str!("../../migrations/V12__ticket_keys.sql")),
 ];
 
 fn migrations() -> Result<Vec<Migration>, refinery_core::Error> {

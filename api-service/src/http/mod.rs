@@ -44,6 +44,7 @@ use crate::{
     orders::{Orders, WaitLimits},
     rate::{RateLimiter, Verdict},
     request::Defaults,
+    tickets::{Presented, Tickets},
     watch::Watchers,
 };
 
@@ -60,6 +61,7 @@ pub(crate) type App = Arc<AppState>;
 pub(crate) struct AppState {
     pub orders: Orders,
     pub identity: Identity,
+    pub tickets: Tickets,
     pub watchers: Watchers,
     pub defaults: Defaults,
     pub retail: Retail,
@@ -116,6 +118,7 @@ fn documented() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(reads::order))
         .routes(routes!(reads::history))
         .routes(routes!(watch::watch))
+        .routes(routes!(watch::ticket))
         .routes(routes!(reads::request))
         .routes(routes!(status::set))
         .routes(routes!(status::cancel))
@@ -162,8 +165,12 @@ async fn answer(app: App, router: Router, request: Request) -> Result<Response, 
 async fn admit(app: App, router: Router, mut request: Request) -> Response {
     let mut limited = None;
     if !is_open(request.uri().path()) {
-        let (caller, verdict) = match who_asks(&app, request.headers(), request.extensions()) {
-            Ok(known) => known,
+        let caller = match Presented::in_url(request.uri()) {
+            Some(ticket) => app.tickets.caller(&ticket).await,
+            None => app.identity.caller(request.headers()),
+        };
+        let (caller, verdict) = match caller {
+            Ok(caller) => limited_by(&app, caller, request.headers(), request.extensions()),
             Err(problem) => return problem.into_response(),
         };
         if let Some((limiter, verdict)) = verdict {
@@ -197,12 +204,20 @@ pub(crate) fn who_asks<'a>(
     headers: &HeaderMap,
     extensions: &Extensions,
 ) -> Result<(Caller, Option<Limited<'a>>), Problem> {
-    let caller = app.identity.caller(headers)?;
+    Ok(limited_by(app, app.identity.caller(headers)?, headers, extensions))
+}
+
+fn limited_by<'a>(
+    app: &'a App,
+    caller: Caller,
+    headers: &HeaderMap,
+    extensions: &Extensions,
+) -> (Caller, Option<Limited<'a>>) {
     let verdict = app.limiter.as_ref().map(|limiter| {
         let address = peer(extensions).map(|peer| app.front.caller(peer, headers));
         (limiter, limiter.ask(caller.user(), address))
     });
-    Ok((caller, verdict))
+    (caller, verdict)
 }
 
 fn peer(extensions: &Extensions) -> Option<IpAddr> {

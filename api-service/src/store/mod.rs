@@ -6,6 +6,7 @@ pub(crate) mod keys;
 pub(crate) mod list;
 pub(crate) mod pages;
 pub(crate) mod read;
+pub(crate) mod tickets;
 pub(crate) mod watch;
 
 use serde_json::value::RawValue;

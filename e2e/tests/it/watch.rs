@@ -318,3 +318,95 @@ async fn a_thousand_watchers_on_two_replicas_see_each_change_once_and_in_order_t
     assert_eq!(live.len() + resumed.len(), 2 * WATCHERS);
     staying.assert_healthy().await;
 }
+
+/// As a page in a browser does: by the URL alone. `None` where that is refused.
+async fn open_with(http: &HttpClient, order_id: &str, ticket: &str, since: i64) -> Result<EventStream, u16> {
+    let path = format!("/orders/{order_id}/watch?ticket={ticket}&last_event_id={since}");
+    let (status, _, stream) = EventStream::open(http.address(), &path, &[]).await.expect("an answer");
+    stream.ok_or(status)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_watches_one_order_with_a_ticket_at_any_replica() {
+    let _turn = beside_others().await;
+    let system = System::new().await;
+    let settings = [("AUTH_MODE", "header"), ("LOG_LEVEL", "trace"), ("CORS_ALLOWED_ORIGINS", "https://shop.example")];
+    let (api, other) = (system.api_with(&settings).await, system.api_with(&settings).await);
+    let http = api.http();
+    let ask = async |method: Method, path: &str, user: &str, body: Value| {
+        let headers = [("x-user-id", user), ("content-type", "application/json"), ("prefer", "respond-async")];
+        http.send(method, path, &headers, body.to_string().into()).await.expect("an answer")
+    };
+    let mut made = Vec::new();
+    for _ in 0..2 {
+        let order = ask(Method::POST, "/orders", "user", order("user")).await.expect_status(201);
+        made.push(order.text("order_id"));
+    }
+    let [order_id, another] = [&made[0], &made[1]];
+    let give = async |order_id: &str, user: &str| {
+        ask(Method::POST, &format!("/orders/{order_id}/watch-ticket"), user, Value::Null).await
+    };
+    let given = give(order_id, "user").await.expect_status(200);
+    assert_eq!(given.header("cache-control"), Some("no-store"), "{}", given.summary());
+    assert!(given.json()["expires_at"].as_str().is_some_and(|at| at.ends_with('Z')), "{}", given.summary());
+    let ticket = given.text("ticket");
+    // Of somebody else's order there is none, and without a name there are none.
+    give(order_id, "thief").await.expect_status(404);
+    let nameless = http.send(Method::POST, &format!("/orders/{order_id}/watch-ticket"), &[], "".into()).await;
+    nameless.expect("an answer").expect_status(401);
+
+    // Here and elsewhere; an EventSource that comes back does so to the same URL.
+    for replica in [http, other.http()] {
+        let mut stream = open_with(replica, order_id, &ticket, 0).await.expect("a stream");
+        assert_eq!(next(&mut stream).await.id, "1");
+    }
+    let origin = [("origin", "https://shop.example")];
+    let path = format!("/orders/{order_id}/watch?ticket={ticket}&last_event_id=0");
+    let (_, headers, _) = EventStream::open(http.address(), &path, &origin).await.expect("an answer");
+    assert_eq!(headers.get("access-control-allow-origin").map(|value| value.as_bytes()), Some(origin[0].1.as_bytes()));
+
+    // For this order and for watching it alone; and nothing that looks like one.
+    let [head, claims, signature] = ticket.split('.').collect::<Vec<_>>()[..] else { panic!("{ticket}") };
+    let of_another = give(another, "user").await.expect_status(200).text("ticket");
+    let swapped = format!("{head}.{}.{signature}", of_another.split('.').nth(1).expect("claims"));
+    let unsigned = format!("{head}.{claims}.");
+    for (order_id, ticket) in [
+        (another, &ticket),
+        (order_id, &of_another),
+        (order_id, &swapped),
+        (order_id, &unsigned),
+        (order_id, &"x".to_owned()),
+        (order_id, &String::new()),
+    ] {
+        assert_eq!(open_with(http, order_id, ticket, 0).await.err(), Some(401), "{order_id} {ticket}");
+    }
+    let bearer = format!("Bearer {ticket}");
+    for (path, headers) in [
+        (format!("/orders/{order_id}?ticket={ticket}"), vec![]),
+        (format!("/orders?ticket={ticket}"), vec![]),
+        (format!("/orders/{order_id}/watch"), vec![("authorization", bearer.as_str())]),
+    ] {
+        http.send(Method::GET, &path, &headers, "".into()).await.expect("an answer").expect_status(401);
+    }
+    let twice = format!("/orders/{order_id}/watch?ticket={ticket}&ticket={ticket}");
+    assert_eq!(http.get(&twice).await.expect_status(400).json()["errors"][0]["pointer"], "/ticket");
+
+    // With a new key the old tickets stay good until the old key goes.
+    system.db.execute("insert into ticket_keys default values").await;
+    open_with(other.http(), order_id, &ticket, 0).await.expect("a stream");
+    system.db.execute("delete from ticket_keys where created_at < (select max(created_at) from ticket_keys)").await;
+    let third = system.api_with(&settings).await;
+    assert_eq!(open_with(third.http(), order_id, &ticket, 0).await.err(), Some(401));
+    let path = format!("/orders/{order_id}/watch-ticket");
+    let renewed = third.http().send(Method::POST, &path, &[("x-user-id", "user")], "".into()).await;
+    let renewed = renewed.expect("an answer").expect_status(200).text("ticket");
+    eventually("a replica that knew the old key to take the new one", || async {
+        open_with(http, order_id, &renewed, 0).await.map(drop).map_err(|status| status.to_string())
+    })
+    .await;
+
+    // Whoever reads the log watches nothing with it.
+    for log in [api.log(), other.log()] {
+        assert!(!log.contains(&ticket) && !log.contains(signature), "a ticket in the log");
+    }
+}

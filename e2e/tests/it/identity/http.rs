@@ -21,6 +21,7 @@ const ROUTES: &[(&str, &str, &str, u16)] = &[
     ("GET", "/orders/{order_id}/history", "", 404),
     ("GET", "/orders/{order_id}/requests/{correlation_id}", "", 404),
     ("GET", "/orders/{order_id}/watch", "", 404),
+    ("POST", "/orders/{order_id}/watch-ticket", "", 404),
     ("GET", "/orders?user_id={user}", "", 404),
     ("GET", "/orders?user_id={user}&external_id={external}", "", 404),
     // Lists of one's own: here nothing is what is to be seen.
