@@ -248,6 +248,14 @@ impl Judge<'_> {
     fn conditions(&mut self) {
         const RULE: &str = "conditional updates are linearizable";
         let mut wrong = Vec::new();
+        // When a version was first asked for, where a client made it.
+        let mut asked_at = HashMap::new();
+        for request in &self.requests {
+            for (_, told) in request.told() {
+                let asked = asked_at.entry((told.order.as_str(), told.version)).or_insert(f64::INFINITY);
+                *asked = request.begun().min(*asked);
+            }
+        }
         for request in &self.requests {
             let first = request.first();
             let (Some(expected), Some(order)) = (first.asked.expected, &first.asked.order) else { continue };
@@ -260,9 +268,12 @@ impl Judge<'_> {
                 }
             }
             for record in &request.attempts {
-                let is_of_version = matches!(record.heard, Heard::Refused { status: 412, .. });
-                if is_of_version && self.index.change(order, expected + 1).is_none() {
-                    wrong.push((order.clone(), format!("it is of no other version than {expected}: {record:?}")));
+                if !matches!(record.heard, Heard::Refused { status: 412, .. }) {
+                    continue;
+                }
+                let next = asked_at.get(&(order.as_str(), expected + 1));
+                if self.index.change(order, expected + 1).is_none() || next.is_some_and(|asked| *asked > record.ended) {
+                    wrong.push((order.clone(), format!("it was still at version {expected}: {record:?}")));
                 }
             }
         }

@@ -64,26 +64,3 @@ fn free_ports() -> [u16; 3] {
     }
     [0, 1, 2].map(|index| held[index].0)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kafka::Record;
-
-    #[tokio::test]
-    #[ignore = "starts PostgreSQL or Kafka"]
-    async fn a_cluster_keeps_its_records_when_a_broker_dies() {
-        let mut cluster = KafkaCluster::start().await;
-        let kafka = cluster.client();
-        let topic = kafka.topics().events.clone();
-        kafka.create_topic(&topic, 3, &[]).await;
-        kafka.wait_for_whole_copies().await;
-        kafka.produce(&topic, Record::new("key", "one")).await;
-        cluster.members()[0].kill().await;
-        kafka.produce(&topic, Record::new("key", "two")).await;
-        assert_eq!(kafka.read(&topic).await.len(), 2);
-        cluster.start_again().await;
-        kafka.wait_for_whole_copies().await;
-        assert_eq!(kafka.read(&topic).await.len(), 2);
-    }
-}

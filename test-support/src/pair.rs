@@ -92,25 +92,3 @@ impl PostgresPair {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::database::TestDb;
-
-    #[tokio::test]
-    #[ignore = "starts PostgreSQL or Kafka"]
-    async fn a_pair_keeps_its_data_there_and_back() {
-        let mut pair = PostgresPair::start().await;
-        let mut db = TestDb::on(pair.dsn()).await;
-        db.execute("create table t (n int)").await;
-        for n in 1..=2 {
-            db.execute("insert into t values (1)").await;
-            pair.primary().kill().await;
-            pair.promote().await;
-            db.reconnect().await;
-            assert_eq!(db.number("select count(*) from t", &[]).await, n);
-            pair.bring_back().await;
-        }
-    }
-}

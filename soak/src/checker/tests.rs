@@ -209,13 +209,15 @@ fn a_repeat_that_is_told_something_else_is_found() {
 #[test]
 fn a_conditional_update_that_was_made_on_another_version_is_found() {
     assert_eq!(broken_by(|records, _| records[1].asked.expected = Some(1)), ["conditional updates are linearizable"]);
-    let refused = broken_by(|records, _| {
-        let mut asked = Asked::of(Operation::Update, "o");
-        asked.expected = Some(4);
+    let refuse = |version, at| {
+        let asked = Asked { expected: Some(version), ..Asked::of(Operation::Update, "o") };
         let heard = Heard::Refused { status: 412, problem: "precondition".to_owned(), body: String::new() };
-        records.push(record(asked, 4.0, heard));
-    });
-    assert_eq!(refused, ["conditional updates are linearizable"]);
+        record(asked, at, heard)
+    };
+    // Nobody has changed it since, nobody had yet, somebody had.
+    assert_eq!(broken_by(|records, _| records.push(refuse(4, 4.0))), ["conditional updates are linearizable"]);
+    assert_eq!(broken_by(|records, _| records.push(refuse(2, 1.4))), ["conditional updates are linearizable"]);
+    assert_eq!(broken_by(|records, _| records.push(refuse(2, 3.0))), [""; 0]);
 }
 
 #[test]
