@@ -9,17 +9,14 @@ use serde::{
 };
 use serde_json::value::RawValue;
 use shared::{
-    message::{AckStatus, Answer},
+    message::{AckStatus, Answer, unmarked},
     money::Money,
-    order::{MAX_ID, currency, id, money, order_id_of, text},
+    order::{MAX_ID, currency, id, money, order_id_of, text, unquoted, whole_number},
     parked::short,
 };
 use uuid::Uuid;
 
 use crate::change::State;
-
-/// What others put before JSON.
-const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// The request that an answer is awaited for.
 #[derive(Clone, Copy, Debug)]
@@ -110,8 +107,7 @@ impl Heard {
     /// Field by field. What is told in a form that is of no use counts as missing; an id or a version in
     /// such a form is there, and is not ours.
     fn read_foreign(body: &[u8]) -> Self {
-        let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
-        let fields: HashMap<String, &RawValue> = serde_json::from_slice(body).unwrap_or_default();
+        let fields: HashMap<String, &RawValue> = serde_json::from_slice(unmarked(body)).unwrap_or_default();
         let there = |name| fields.get(name).copied().filter(|value| !matches!(value.get(), "null" | "\"\""));
         let ours = |value| text(value).and_then(|text| Uuid::try_parse(text.trim()).ok());
         let order = |value| ours(value).or_else(|| Some(order_id_of(&id(value)?)));
@@ -119,18 +115,18 @@ impl Heard {
             Told::Part(Box::new(Part {
                 status,
                 order_status: there("order_status").and_then(text).map(Cow::into_owned).filter(|text| is_state(text)),
-                order_version: there("order_version").and_then(whole_number),
+                order_version: there("order_version").and_then(number),
                 amount: there("amount").and_then(|value| money(value).ok()),
                 currency: there("currency").and_then(text).filter(|code| currency(code).is_ok()).map(Cow::into_owned),
                 error: there("error").and_then(text).map(|text| short(&text)),
-                superseded_by: there("superseded_by").and_then(whole_number),
+                superseded_by: there("superseded_by").and_then(number),
             }))
         });
         Self {
             correlation_id: there("correlation_id").map(|value| ours(value).unwrap_or_default()),
             order_id: there("order_id").map(|value| order(value).unwrap_or_default()),
             event_id: there("event_id").map(|value| ours(value).unwrap_or_default()),
-            version: there("version").map(|value| whole_number(value).unwrap_or_default()),
+            version: there("version").map(|value| number(value).unwrap_or_default()),
             told,
         }
     }
@@ -183,9 +179,8 @@ fn status(value: &RawValue) -> Option<AckStatus> {
 }
 
 /// A number without a fraction, or the text of one.
-fn whole_number(value: &RawValue) -> Option<i64> {
-    let number = money(value).ok()?.decimal();
-    number.is_integer().then(|| i64::try_from(number).ok())?
+fn number(value: &RawValue) -> Option<i64> {
+    whole_number(unquoted(value))?.parse().ok().filter(|number| *number >= 0)
 }
 
 fn is_state(text: &str) -> bool {

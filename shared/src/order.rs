@@ -272,7 +272,8 @@ fn price(raw: &RawValue) -> Result<Price, MoneyError> {
 }
 
 /// A number, or the text of a string that should be one.
-fn unquoted(raw: &RawValue) -> &str {
+#[must_use]
+pub fn unquoted(raw: &RawValue) -> &str {
     raw.get().strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(raw.get())
 }
 
