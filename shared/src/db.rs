@@ -250,7 +250,7 @@ impl Connection {
                 result
             }
             Err(_) => {
-                self.watched.doubt();
+                self.watched.silence();
                 Err(DbError::Lost(None))
             }
         }

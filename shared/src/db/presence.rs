@@ -4,7 +4,7 @@
 
 use std::{
     convert::Infallible,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -32,6 +32,8 @@ pub enum Presence {
 pub(super) struct Watched {
     presence: watch::Sender<Presence>,
     doubted: Notify,
+    /// Somebody was not answered in time.
+    silent: AtomicBool,
     era: AtomicU64,
 }
 
@@ -39,6 +41,12 @@ impl Watched {
     /// Has somebody look for the server.
     pub(super) fn doubt(&self) {
         self.doubted.notify_one();
+    }
+
+    /// The like, where a connection fell silent.
+    pub(super) fn silence(&self) {
+        self.silent.store(true, Ordering::Relaxed);
+        self.doubt();
     }
 
     pub(super) fn era(&self) -> u64 {
@@ -72,6 +80,10 @@ impl Db {
             loop {
                 let found = self.look().await;
                 if found == Presence::There {
+                    // One answers: the others may lead where the silent one did.
+                    if self.watched.silent.swap(false, Ordering::Relaxed) {
+                        self.watched.begin_era();
+                    }
                     if self.watched.set(found) != found {
                         // Those that are left are of the time before.
                         self.watched.begin_era();
