@@ -104,8 +104,8 @@ impl Db {
         }
     }
 
-    /// By a connection of the pool, as everybody else; when that does not lead to a server that can be
-    /// written to, by a new one, and if that does, the pool's lead elsewhere.
+    /// Looks by a connection of the pool, as everybody else would; when that leads to no server that can be
+    /// written to, by a new one. If that one does, the pool's connections lead elsewhere, and are given up.
     async fn look(&self) -> Presence {
         let deadline = self.settings.query_timeout;
         let by_pool = within(deadline, async { writable(&*self.any_connection().await?, deadline).await }).await;
