@@ -7,6 +7,7 @@ mod presence;
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -169,6 +170,10 @@ impl DbError {
         matches!(class, Some("08" | "0A" | "25" | "26" | "28" | "3D" | "3F" | "42" | "58" | "F0" | "XX"))
     }
 
+    fn is_read_only(&self) -> bool {
+        matches!(self, Self::Refused(error) if error.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION))
+    }
+
     #[must_use]
     pub fn fault(&self) -> Fault {
         let Self::Refused(error) = self else { return Fault::Server };
@@ -241,6 +246,10 @@ impl Connection {
     ) -> Result<T, DbError> {
         let guard = Unanswered(&self.unfit);
         match tokio::time::timeout(deadline, work).await {
+            Ok(Err(error)) if error.is_read_only() => {
+                self.watched.mislead();
+                Err(error)
+            }
             Ok(Err(error)) if error.spoils_session() => {
                 self.watched.doubt();
                 Err(error)
@@ -435,14 +444,23 @@ fn server(config: &tokio_postgres::Config) -> Arc<str> {
     const USUAL_PORT: u16 = 5432;
     let ports = config.get_ports();
     let port = |index| ports.get(index).or(ports.first()).copied().unwrap_or(USUAL_PORT);
-    let hosts = config.get_hosts().iter().enumerate().map(|(index, host)| match host {
-        Host::Tcp(name) if name.contains(':') => format!("[{name}]:{}", port(index)),
-        Host::Tcp(name) => format!("{name}:{}", port(index)),
-        Host::Unix(path) => format!("{}:{}", path.display(), port(index)),
-    });
+    let host = |host: &Host| match host {
+        Host::Tcp(name) if name.contains(':') => format!("[{name}]"),
+        Host::Tcp(name) => name.clone(),
+        Host::Unix(path) => path.display().to_string(),
+    };
+    let address = |address: &IpAddr| match address {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => format!("[{address}]"),
+    };
+    let servers: Vec<_> = match config.get_hosts() {
+        [] => config.get_hostaddrs().iter().map(address).collect(),
+        hosts => hosts.iter().map(host).collect(),
+    };
+    let servers = servers.iter().enumerate().map(|(index, server)| format!("{server}:{}", port(index)));
     let user = config.get_user().unwrap_or_default();
     let database = config.get_dbname().unwrap_or(user);
-    one_line(&format!("{}/{database} as {user}", hosts.collect::<Vec<_>>().join(","))).into()
+    one_line(&format!("{}/{database} as {user}", servers.collect::<Vec<_>>().join(","))).into()
 }
 
 /// An outage is many failed attempts by many who want a connection: told now and then.
@@ -616,9 +634,11 @@ impl Db {
     /// # Errors
     /// When it is away.
     pub async fn is_writable(&self) -> Result<bool, DbError> {
-        let deadline = self.settings.query_timeout;
-        let check = async { writable(&*self.connection().await?, deadline).await };
-        tokio::time::timeout(deadline, check).await.unwrap_or(Err(DbError::Lost(None)))
+        let is_writable = writable(&*self.connection().await?, self.settings.query_timeout).await?;
+        if !is_writable {
+            self.watched.mislead();
+        }
+        Ok(is_writable)
     }
 }
 

@@ -14,18 +14,21 @@ const ROUNDS: usize = 5;
 const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Manager {
-    /// Two clients at the same time that find themselves in one session share it. Where that cannot be
-    /// found out now, the next connection asks.
+    /// Two clients at the same time that find themselves in one session share it, and one that finds
+    /// itself in another than before has none of its own. Where that cannot be found out now, the next
+    /// connection asks.
     pub(super) async fn refuse_shared_sessions(&self, client: &Client) -> Result<(), ConnectError> {
         let is_shared = async {
             let second = self.bare_client().await.ok()?;
-            for _ in 0..ROUNDS {
-                // A pooler gives the session that was left last.
-                if session(client).await? == session(&second).await? {
+            let first = (session(client).await?, session(&second).await?);
+            for _ in 1..ROUNDS {
+                // A pooler gives the session that was left last, or that was left first.
+                let both = (session(client).await?, session(&second).await?);
+                if both.0 == both.1 || both != first {
                     return Some(true);
                 }
             }
-            Some(false)
+            Some(first.0 == first.1)
         };
         match tokio::time::timeout(PATIENCE, is_shared).await {
             Ok(Some(true)) => return Err(ConnectError::Pooled { server: self.server.clone() }),

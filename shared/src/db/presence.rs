@@ -10,11 +10,15 @@ use std::{
 
 use tokio::{
     sync::{Notify, watch},
-    time::Instant,
+    time::{Instant, sleep, timeout},
 };
 
 use super::{Db, DbError, writable};
 use crate::backoff::Backoff;
+
+/// A server that is slow, and not silent, is not to have all its connections made anew with each statement
+/// that runs out of time.
+const BETWEEN_ERAS_OF_SILENCE: Duration = Duration::from_secs(10);
 
 /// Where the server was found when somebody last looked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,8 +36,10 @@ pub enum Presence {
 pub(super) struct Watched {
     presence: watch::Sender<Presence>,
     doubted: Notify,
-    /// Somebody was not answered in time.
+    /// A connection did not answer in time.
     silent: AtomicBool,
+    /// A connection led to a server that is read-only.
+    misled: AtomicBool,
     era: AtomicU64,
 }
 
@@ -43,9 +49,15 @@ impl Watched {
         self.doubted.notify_one();
     }
 
-    /// The like, where a connection fell silent.
+    /// As [`Self::doubt`], where a connection fell silent.
     pub(super) fn silence(&self) {
         self.silent.store(true, Ordering::Relaxed);
+        self.doubt();
+    }
+
+    /// As [`Self::doubt`], where a connection leads to a server that is read-only.
+    pub(super) fn mislead(&self) {
+        self.misled.store(true, Ordering::Relaxed);
         self.doubt();
     }
 
@@ -74,23 +86,33 @@ impl Db {
     /// Looks for the server whenever somebody is in doubt about it, until it is found. It counts as away
     /// only after as long as a caller would wait for a connection: a restart or a failover may take less.
     pub async fn watch(&self) -> Infallible {
+        let mut of_silence: Option<Instant> = None;
         loop {
             self.watched.doubted.notified().await;
             let (since, mut backoff) = (Instant::now(), Backoff::RECONNECT);
             loop {
                 let found = self.look().await;
-                if found == Presence::There {
-                    // One answers: the others may lead where the silent one did.
-                    if self.watched.silent.swap(false, Ordering::Relaxed) {
-                        self.watched.begin_era();
-                    }
-                    if self.watched.set(found) != found {
-                        // Those that are left are of the time before.
-                        self.watched.begin_era();
+                if found == Some(Presence::There) {
+                    let was_elsewhere = self.watched.set(Presence::There) != Presence::There;
+                    if was_elsewhere {
                         tracing::info!("PostgreSQL is back");
+                    }
+                    // One leads to the server: the others may lead where it was.
+                    let misled = self.watched.misled.swap(false, Ordering::Relaxed);
+                    let is_soon = of_silence.is_some_and(|then| then.elapsed() < BETWEEN_ERAS_OF_SILENCE);
+                    let silent = !is_soon && self.watched.silent.swap(false, Ordering::Relaxed);
+                    if silent {
+                        of_silence = Some(Instant::now());
+                    }
+                    if was_elsewhere || misled || silent {
+                        self.watched.begin_era();
                     }
                     break;
                 }
+                let Some(found) = found else {
+                    sleep(backoff.delay()).await;
+                    continue;
+                };
                 if since.elapsed() >= self.settings.query_timeout && self.watched.set(found) != found {
                     match found {
                         Presence::ReadOnly => {
@@ -99,37 +121,44 @@ impl Db {
                         _ => tracing::warn!("PostgreSQL is away; requests are refused at once until it is back"),
                     }
                 }
-                tokio::time::sleep(backoff.delay()).await;
+                sleep(backoff.delay()).await;
             }
         }
     }
 
     /// Looks by a connection of the pool, as everybody else would; when that leads to no server that can be
     /// written to, by a new one. If that one does, the pool's connections lead elsewhere, and are given up.
-    async fn look(&self) -> Presence {
+    /// `None`: all of the pool are at work, and there is room for no other. Those that wait in vain say so
+    /// when their time is up.
+    async fn look(&self) -> Option<Presence> {
         let deadline = self.settings.query_timeout;
-        let by_pool = within(deadline, async { writable(&*self.any_connection().await?, deadline).await }).await;
+        let by_pool = async { writable(&*self.any_connection().await?, deadline).await }.await;
         if matches!(by_pool, Ok(true)) {
-            return Presence::There;
+            return Some(Presence::There);
         }
-        let by_new_one = within(deadline, async {
+        let by_new_one = timeout(deadline, async {
             let connection = self.pool.dedicated_connection().await.map_err(bb8::RunError::User)?;
             writable(&connection, deadline).await
         });
-        match by_new_one.await {
+        let all_at_work = matches!(by_pool, Err(DbError::Away(_))) && self.is_full();
+        match by_new_one.await.unwrap_or(Err(DbError::Lost(None))) {
             Ok(true) => {
                 // One that was not to be had tells nothing of the others: all may be at work.
                 if !matches!(by_pool, Err(DbError::Away(_))) {
                     self.watched.begin_era();
                 }
-                Presence::There
+                Some(Presence::There)
             }
-            Ok(false) => Presence::ReadOnly,
-            Err(_) => Presence::Away,
+            Ok(false) => {
+                self.watched.mislead();
+                Some(Presence::ReadOnly)
+            }
+            Err(_) if all_at_work => None,
+            Err(_) => Some(Presence::Away),
         }
     }
-}
 
-async fn within(deadline: Duration, asked: impl Future<Output = Result<bool, DbError>>) -> Result<bool, DbError> {
-    tokio::time::timeout(deadline, asked).await.unwrap_or(Err(DbError::Lost(None)))
+    fn is_full(&self) -> bool {
+        self.pool.state().connections >= self.settings.max_conns
+    }
 }

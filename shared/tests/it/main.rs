@@ -1,5 +1,6 @@
 //! The shared parts on a real PostgreSQL and a real Kafka.
 
+mod connections;
 mod locks;
 mod migrations;
 mod outbox;
@@ -21,9 +22,13 @@ struct Settings {
     db: DbSettings,
 }
 
+fn settings_of(dsn: &Dsn) -> DbSettings {
+    let args = ["test".to_owned(), format!("--postgres-dsn={dsn}")].map(OsString::from);
+    parse_from::<Settings>(args, |_| None, &Default::default()).unwrap().db
+}
+
 /// As a binary has it.
 fn db_at(dsn: &Dsn) -> Db {
-    let args = ["test".to_owned(), format!("--postgres-dsn={dsn}")].map(OsString::from);
-    let settings: Settings = parse_from(args, |_| None, &Default::default()).unwrap();
-    Db::open(&settings.db.postgres_dsn, "test", settings.db.pool(), &tokio::runtime::Handle::current()).unwrap()
+    let settings = settings_of(dsn);
+    Db::open(&settings.postgres_dsn, "test", settings.pool(), &tokio::runtime::Handle::current()).unwrap()
 }
