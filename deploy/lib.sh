@@ -221,15 +221,18 @@ make_certificates() {
 # --- Settings -----------------------------------------------------------------------------------
 
 # setting NAME ALIAS…: the first that the environment has, else the first that .env has; each may be the
-# content of the file that NAME_FILE names. Without blanks at its ends; empty counts as absent.
+# content of the file that NAME_FILE names. Without blanks at its ends; empty counts as absent. What the
+# programs would refuse is refused here: else they would be given another server than was meant.
 setting() {
   local place name value file
   for place in of_environment of_dotenv; do
     for name in "$@"; do
       value=$(trimmed "$("$place" "$name")")
-      if [ -z "$value" ]; then
-        file=$(trimmed "$("$place" "${name}_FILE")")
-        [ -z "$file" ] || value=$(cd "$root" && trimmed "$(cat "$file" 2>/dev/null)") || value=
+      file=$(trimmed "$("$place" "${name}_FILE")")
+      if [ -n "$file" ]; then
+        [ -z "$value" ] || die "$name and ${name}_FILE are both given; leave one out"
+        value=$(cd "$root" && trimmed "$(cat "$file" 2>/dev/null)")
+        [ -n "$value" ] || die "${name}_FILE: the file that it names cannot be read, or is empty"
       fi
       [ -z "$value" ] || { echo "$value"; return; }
     done

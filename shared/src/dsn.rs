@@ -4,8 +4,11 @@
 //! Whoever forgets to encode a password has its parts read as a host or a database, and those are
 //! logged. So what could be meant otherwise is refused, and no error holds anything of what it refuses.
 
+use std::net::Ipv6Addr;
+
 use anyhow::{Context as _, bail, ensure};
-use tokio_postgres::Config;
+use percent_encoding::percent_decode_str;
+use tokio_postgres::{Config, config::Host};
 
 use crate::tls::Tls;
 
@@ -60,12 +63,8 @@ fn is_host(text: &str) -> bool {
         },
         None => text.split_once(':').map_or((text, Some("")), |(name, port)| (name, Some(port))),
     };
-    let is_of_name = |c: char| c.is_alphanumeric() || matches!(c, '.' | '-' | '_' | '%');
-    let is_named = if text.starts_with('[') {
-        name.chars().all(|c| is_of_name(c) || c == ':')
-    } else {
-        name.chars().all(is_of_name)
-    };
+    let is_bracketed = text.starts_with('[');
+    let is_named = name.chars().all(|c| is_of_name(c) || c == '%' || (is_bracketed && c == ':'));
     is_named && port.is_some_and(|port| port.is_empty() || port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
@@ -94,7 +93,7 @@ fn of_url(text: &str) -> anyhow::Result<(Config, Tls)> {
     for pair in query.trim_start_matches('?').split('&').filter(|pair| !pair.is_empty()) {
         pairs.push(pair.split_once('=').with_context(|| format!("cannot be read: {ENCODE}"))?);
     }
-    let decoded = pairs.iter().map(|(key, value)| (*key, percent_decoded(value)));
+    let decoded = pairs.iter().map(|(key, value)| (*key, percent_decode_str(value).decode_utf8_lossy().into_owned()));
     let (rest, tls) = Tls::taken_from(decoded)?;
     // Those that are left go on as they were written.
     let kept = pairs.iter().filter(|(key, _)| rest.iter().any(|(left, _)| left == key));
@@ -103,7 +102,7 @@ fn of_url(text: &str) -> anyhow::Result<(Config, Tls)> {
     let dsn = format!("postgres://{user}{hosts}/{database}?sslmode={}{kept}", tls.mode());
     // Behind another @ there is the host that was meant, and before it the password.
     let is_safe = !query.contains('@');
-    config(&dsn, |key| is_safe && names_before_password(&pairs, key)).map(|config| (config, tls))
+    config(&dsn, ENCODE, |key| is_safe && names_before_password(&pairs, key)).map(|config| (config, tls))
 }
 
 fn of_pairs(text: &str) -> anyhow::Result<(Config, Tls)> {
@@ -114,23 +113,45 @@ fn of_pairs(text: &str) -> anyhow::Result<(Config, Tls)> {
     for (key, value) in &rest {
         dsn.push_str(&format!(" {key}='{}'", quoted(value)));
     }
-    config(&dsn, |key| names_before_password(&pairs, key)).map(|config| (config, tls))
+    config(&dsn, QUOTE, |key| names_before_password(&pairs, key)).map(|config| (config, tls))
 }
 
-fn config(dsn: &str, may_be_named: impl Fn(&str) -> bool) -> anyhow::Result<Config> {
+fn config(dsn: &str, remedy: &str, may_be_named: impl Fn(&str) -> bool) -> anyhow::Result<Config> {
     let config: Config = dsn.parse().map_err(|error: tokio_postgres::Error| {
         let told = format!("{:#}", anyhow::Error::from(error));
         match told.split_once("unknown option `").map(|(_, key)| key.trim_end_matches('`')) {
             Some(key) if may_be_named(key) => anyhow::anyhow!("has a parameter that is not known here: {key}"),
-            Some(_) => anyhow::anyhow!("has a parameter that is not known here; {ENCODE}"),
+            Some(_) => anyhow::anyhow!("has a parameter that is not known here; {remedy}"),
             // Those name parameters, and not what they say.
-            None => anyhow::anyhow!("cannot be read ({told}); {ENCODE}"),
+            None => anyhow::anyhow!("cannot be read ({told}); {remedy}"),
         }
     })?;
-    if config.get_hosts().is_empty() {
-        bail!("names no host");
-    }
+    let (hosts, addresses, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
+    let servers = hosts.len().max(addresses.len());
+    ensure!(servers > 0, "names no host");
+    ensure!(hosts.iter().all(is_server), "names a host that cannot be one; its port is to stand in port; {FORMS}");
+    // Where other signs stand between the pairs, a password is read as a part of these.
+    let is_name = |name: Option<&str>| name.is_none_or(|name| !name.contains([';', '=']));
+    ensure!(is_name(config.get_user()) && is_name(config.get_dbname()), "is neither {FORMS}");
+    // A connection would find these wrong, each time.
+    ensure!(ports.len() <= 1 || ports.len() == servers, "has {} ports for {servers} hosts", ports.len());
+    let is_even = hosts.is_empty() || addresses.is_empty() || hosts.len() == addresses.len();
+    ensure!(is_even, "has {} hostaddr for {} host", addresses.len(), hosts.len());
     Ok(config)
+}
+
+fn is_server(host: &Host) -> bool {
+    match host {
+        Host::Unix(_) => true,
+        Host::Tcp(name) => {
+            let address = name.split_once('%').map_or(name.as_str(), |(address, _zone)| address);
+            (!name.is_empty() && name.chars().all(is_of_name)) || address.parse::<Ipv6Addr>().is_ok()
+        }
+    }
+}
+
+fn is_of_name(c: char) -> bool {
+    c.is_alphanumeric() || matches!(c, '.' | '-' | '_')
 }
 
 /// What is behind a password may be a part of it.
@@ -171,25 +192,6 @@ fn pairs(text: &str) -> Option<Vec<(&str, String)>> {
         rest = value[end..].trim_start();
     }
     Some(pairs)
-}
-
-fn percent_decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, tail)) = rest.split_first() {
-        let hex = tail.get(..2).and_then(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
-        match (byte, hex) {
-            (b'%', Some(decoded)) => {
-                bytes.push(decoded);
-                rest = &tail[2..];
-            }
-            _ => {
-                bytes.push(byte);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]
@@ -240,6 +242,8 @@ mod tests {
             assert_eq!(config.get_password(), Some(password.as_bytes()), "{dsn}");
             assert_eq!(config.get_user(), Some("shop"), "{dsn}");
         }
+        let (config, _) = read("hostaddr=10.0.0.5,::1 user=u port=6432").unwrap();
+        assert_eq!((config.get_hosts().len(), config.get_hostaddrs().len()), (0, 2));
         let (config, _) = read("postgres://u:p@db1:1,[fe80::1%25eth0]:2,%2Frun/orders").unwrap();
         assert_eq!(config.get_ports(), [1, 2, 5432]);
         assert_eq!(config.get_hosts()[1], Host::Tcp("fe80::1%eth0".to_owned()));
@@ -285,6 +289,15 @@ mod tests {
             "host=h password='XY ZV",
             "host=h password='XY'ZV'",
             "host=h port=XY",
+            "host=h;port=5432;user=u;password=XY;dbname=d",
+            "host=h,password=XY user=u",
+            "host=h user=u;password=XY",
+            "postgres://u@h/d;password=XY",
+            "postgres://h/d?user=u;password=XY",
+            "postgres://u@h/d?host=h;password=XY",
+            "host=XY:5432 user=u",
+            "host=h,g port=1,2,3 password=XY",
+            "host=h,g hostaddr=127.0.0.1 password=XY",
             "user=u password=XY",
             "XY",
         ] {

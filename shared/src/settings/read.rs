@@ -263,17 +263,19 @@ fn discreet(mut error: clap::Error, command: &Command, flags: &HashMap<String, S
                 error.insert(ContextKind::InvalidValue, hidden());
             }
         }
-        // The rest of a password that has a blank in it, and no quotes around it.
+        // The rest of a password that has a blank in it, and no quotes around it; or a setting without its dashes.
         ErrorKind::UnknownArgument | ErrorKind::InvalidSubcommand => {
-            if let Some(flag) = flags.keys().map(String::as_str).find(secret) {
-                let kind = match error.kind() {
-                    ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
-                    _ => ContextKind::InvalidArg,
-                };
-                let remedy = format!("put quotes around the value of --{flag}, if there is a blank in it");
-                error.insert(kind, hidden());
-                error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![remedy.into()]));
-            }
+            let kind = match error.kind() {
+                ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
+                _ => ContextKind::InvalidArg,
+            };
+            let remedy = match flags.keys().map(String::as_str).find(secret) {
+                Some(flag) => format!("put quotes around the value of --{flag}, if there is a blank in it"),
+                None if text(kind).contains(['@', '=']) => "a setting is given as --name=value".to_owned(),
+                None => return error,
+            };
+            error.insert(kind, hidden());
+            error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![remedy.into()]));
         }
         _ => {}
     }
@@ -467,6 +469,10 @@ mod tests {
             (vec![], vec![("API_PORT", "http://u:s3cret@h:1")]),
             (vec!["--postgres-dsn", "postgres://u:pa", "s3cret@h/d"], vec![]),
             (vec!["--postgres-dsn=postgres://u:pa", "--s3cret@h/d"], vec![]),
+            (vec!["postgres-dsn=postgres://u:s3cret@h/d"], vec![]),
+            (vec!["postgres://u:s3cret@h/d"], vec![]),
+            (vec!["kafka-config=sasl.password=s3cret"], vec![]),
+            (vec!["-kafka-config=sasl.password=s3cret"], vec![]),
         ] {
             let told = settings(&flags, &environment, &[]).unwrap_err();
             assert!(!told.contains("s3cret"), "{flags:?} {environment:?}: {told}");
