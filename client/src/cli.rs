@@ -54,7 +54,7 @@ struct Connection {
     #[arg(long, global = true, env = "ORDERSTREAM_URL", default_value = "http://127.0.0.1:8080")]
     url: String,
     /// On whose behalf (X-User-Id)
-    #[arg(long = "as", global = true, env = "ORDERSTREAM_USER", value_name = "USER")]
+    #[arg(id = "as", long = "as", global = true, env = "ORDERSTREAM_USER", value_name = "USER")]
     user: Option<String>,
     /// In what role (X-User-Role): service and admin see everybody's orders, where a gateway says who asks
     #[arg(long, global = true, env = "ORDERSTREAM_ROLE")]
@@ -340,14 +340,16 @@ async fn list(service: &Service, filter: Filter, json: bool) -> anyhow::Result<(
 
 /// A refusal in the words of this command line: what the service calls a parameter is a flag here.
 fn in_flags(refusal: anyhow::Error) -> anyhow::Error {
-    const FLAGS: [(&str, &str); 4] = [
+    const FLAGS: [(&str, &str); 6] = [
         ("\n  /user_id ", "\n  --user "),
         ("\n  /created_from ", "\n  --from "),
         ("\n  /created_to ", "\n  --to "),
+        ("\n  /status ", "\n  --status "),
+        ("\n  /limit ", "\n  --limit "),
         ("at /orders/by-external/{external_id}?user_id=", "found with --user"),
     ];
     let text = FLAGS.iter().fold(format!("{refusal:#}"), |text, (parameter, flag)| text.replace(parameter, flag));
-    anyhow!(text.replace("\n  /", "\n  --"))
+    anyhow!(text)
 }
 
 /// What `Link` names as the next page (RFC 8288): the service's own path. What a gateway has before it (`prefix`) is
@@ -375,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_around_a_setting_is_none_of_it_and_a_token_comes_from_a_file_too() {
+    fn blanks_around_a_setting_go_and_a_token_may_come_from_a_file() {
         let service = |args: &[&str]| {
             let args = ["orderstream", "list"].iter().chain(args).map(OsString::from);
             Cli::read(args).expect("arguments").connection.service()
