@@ -71,7 +71,7 @@ pub struct Cache(Option<Arc<Redis>>);
 
 struct Redis {
     client: Client,
-    /// And how many there were before it.
+    /// The connection that is used, and its number: only who used it gives it up.
     connection: Mutex<(ConnectionManager, u64)>,
     ttl: Duration,
     /// Of reading, and of forgetting: what is too slow to read is still to be forgotten.

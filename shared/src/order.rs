@@ -208,6 +208,9 @@ fn quantity(raw: &RawValue, source: Source) -> Result<u32, &'static str> {
 #[must_use]
 pub fn whole_number(text: &str) -> Option<Cow<'_, str>> {
     let unsigned = text.strip_prefix('-').unwrap_or(text);
+    if text == "-0" {
+        return Some("0".into());
+    }
     if unsigned.bytes().all(|byte| byte.is_ascii_digit()) && (unsigned == "0" || !unsigned.starts_with('0')) {
         return Some(text.into()).filter(|_| !unsigned.is_empty());
     }
@@ -604,7 +607,9 @@ mod tests {
     #[test]
     fn an_id_that_is_a_whole_number_is_its_digits() {
         let of = |json: &str| id(&raw(json)).map(Cow::into_owned);
-        for (json, id) in [("7", "7"), ("7.0", "7"), ("1e2", "100"), ("-7.0", "-7"), ("\"7.0\"", "7.0"), ("0.0", "0")] {
+        for (json, id) in
+            [("7", "7"), ("7.0", "7"), ("1e2", "100"), ("-7.0", "-7"), ("\"7.0\"", "7.0"), ("-0", "0"), ("-0.0", "0")]
+        {
             assert_eq!(of(json).as_deref(), Some(id), "{json}");
         }
         for none in ["7.5", "1e-1", "1e300", "true", "null", "{}"] {

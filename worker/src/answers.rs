@@ -133,7 +133,7 @@ async fn settle(
 
 /// A broker that stood still for longer than a message waits for it is often back while the callers
 /// still wait. One that took an answer and could not say so takes it twice; the first is told. Each batch
-/// is tried by itself: what one waits for holds no other up.
+/// is tried by itself, and those apart whose partitions are looked for: what one waits for holds no other up.
 async fn send_again(producer: Producer, mut queue: mpsc::Receiver<Pending>) {
     let (mut late, mut batches, mut waiting) = (Vec::new(), FuturesUnordered::new(), 0);
     loop {
@@ -143,7 +143,10 @@ async fn send_again(producer: Producer, mut queue: mpsc::Receiver<Pending>) {
                     return;
                 }
                 waiting += more;
-                batches.push(until_delivered(&producer, std::mem::take(&mut late)));
+                let (lost, slow): (Vec<_>, Vec<_>) = late.drain(..).partition(|answer| answer.is_lost);
+                for batch in [lost, slow].into_iter().filter(|batch| !batch.is_empty()) {
+                    batches.push(until_delivered(&producer, batch));
+                }
             }
             Some(done) = batches.next() => waiting -= done,
         }

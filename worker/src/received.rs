@@ -1,10 +1,12 @@
 //! Messages from elsewhere: read as the lifecycle's file says, whatever else is in them.
 
+use std::borrow::Cow;
+
 use serde_json::{Number, Value};
 use shared::{
     lifecycle::{Lifecycle, Receive},
     message::Headers,
-    order::{MAX_ID, order_id_of},
+    order::{MAX_ID, order_id_of, whole_number},
     parked::short,
 };
 use uuid::Uuid;
@@ -70,11 +72,12 @@ pub(crate) fn read(
 
 /// An id at this place; `None` where there is nothing.
 fn id(body: &Value, pointer: &str) -> Result<Option<String>, String> {
+    let not_plain = || format!("{pointer} must be text or a whole number");
     let text = match body.pointer(pointer) {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(text)) => text.clone(),
-        Some(Value::Number(number)) if is_whole(number) => digits(number),
-        Some(_) => return Err(format!("{pointer} must be text or a whole number")),
+        Some(Value::Number(number)) => whole(number).ok_or_else(not_plain)?,
+        Some(_) => return Err(not_plain()),
     };
     if text.is_empty() || text.chars().count() > MAX_ID || text.contains('\0') {
         return Err(format!("{pointer} must have 1 to 255 characters, and no \\u0000"));
@@ -83,23 +86,17 @@ fn id(body: &Value, pointer: &str) -> Result<Option<String>, String> {
 }
 
 /// 7.0 is as good as 7. Beyond 2^53 a double no longer says which number was meant.
-fn is_whole(number: &Number) -> bool {
+fn whole(number: &Number) -> Option<String> {
     const EXACT: f64 = 9_007_199_254_740_992.0;
-    number.is_i64() || number.is_u64() || number.as_f64().is_some_and(|n| n.fract() == 0.0 && n.abs() < EXACT)
-}
-
-fn digits(number: &Number) -> String {
-    match number.as_f64() {
-        Some(double) if number.is_f64() && is_whole(number) => format!("{double:.0}"),
-        _ => number.to_string(),
-    }
+    let is_exact = !number.is_f64() || number.as_f64().is_some_and(|n| n.abs() < EXACT);
+    whole_number(&number.to_string()).filter(|_| is_exact).map(Cow::into_owned)
 }
 
 fn plain(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
         Value::Bool(truth) => Some(truth.to_string()),
-        Value::Number(number) => Some(digits(number)),
+        Value::Number(number) => Some(whole(number).unwrap_or_else(|| number.to_string())),
         Value::Null | Value::Array(_) | Value::Object(_) => None,
     }
 }
