@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_count_as_the_service_counts_them_and_a_byte_order_mark_does_not() {
+    fn lines_count_as_the_service_counts_them() {
         let items = r#"[{"quantity":2.0,"price":"19.99"},{"quantity":"1e0","price":-10},{"quantity":0}]"#;
         let text = format!("\u{feff}{{\"id\":1,\"customer_id\":2,\"items\":{items}}}\n");
         let orders = parse(unmarked(&text)).expect("a good line");

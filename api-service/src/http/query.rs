@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_parameter_that_a_route_does_not_take_is_named_with_those_that_it_takes() {
+    fn an_unknown_parameter_is_refused_by_name() {
         let parameters =
             Parameters::new(&[("/orders", Method::GET, &["status", "limit"]), ("/orders", Method::POST, &[])]);
         let refused = |method: Method, path: &str, query: &str| {

@@ -115,7 +115,7 @@ fn every_broken_rule_is_named() {
 }
 
 #[test]
-fn what_an_order_comes_to_can_be_paid_in_its_currency_and_unit_prices_may_be_finer() {
+fn a_total_can_be_paid_in_its_currency() {
     let items =
         |price, quantity| format!(r#""items":[{{"product_id":"p","quantity":{quantity},"unit_price":{price}}}]"#);
     for (content, broken) in [

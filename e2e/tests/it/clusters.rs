@@ -1,8 +1,8 @@
 //! PostgreSQL and Kafka as people run them: two servers of which one follows the other, and three brokers
 //! with three copies of each topic. Whoever of them dies, nothing is lost and nothing is done twice.
 //!
-//! `make test` breaks each kind of thing once. `make test-clusters` breaks everything in turn, as often as
-//! `ROUNDS` says.
+//! `make test` breaks some of it once. `make test-clusters` breaks everything in turn, as often as `ROUNDS`
+//! says.
 
 mod growth;
 mod kafka;

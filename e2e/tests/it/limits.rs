@@ -131,7 +131,7 @@ async fn behind_a_gateway_that_takes_a_prefix_away_what_is_told_leads_on() {
             send(http, Method::GET, path, headers).await.expect_status(200)
         };
         for (path, prefer, status) in
-            [("/orders", "wait=5", 202), ("/orders", "respond-async", 201), ("/api/orders", "respond-async", 201)]
+            [("/orders", "wait=1", 202), ("/orders", "respond-async", 201), ("/api/orders", "respond-async", 201)]
         {
             let all = [headers, &[("prefer", prefer), ("content-type", "application/json")]].concat();
             let reply = http.send(Method::POST, path, &all, sent.clone().into()).await.expect("an answer");

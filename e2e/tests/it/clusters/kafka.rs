@@ -24,7 +24,6 @@ async fn three_brokers_that_die_alone_or_two_at_once_or_are_restarted_lose_doubl
 
     let Some(rounds) = rounds() else {
         die(&mut cluster, &system, &running, 0).await;
-        restart(&mut cluster, &system, &running, 1).await;
         two_die(&mut cluster, &system, &running, [2, 0]).await;
         stop(running, &mut system).await;
         return;
