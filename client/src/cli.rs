@@ -379,7 +379,7 @@ mod tests {
     #[test]
     fn who_asks_is_one_flag_and_whose_orders_are_listed_another() {
         let args = ["orderstream", "list", "--as", "bob", "--user", "alice"].map(OsString::from);
-        let read = Cli::read(args.into_iter()).expect("arguments");
+        let read = Cli::read(args).expect("arguments");
         assert_eq!(read.connection.user.as_deref(), Some("bob"));
         assert!(matches!(read.command, Command::List(filter) if filter.user.as_deref() == Some("alice")));
     }
