@@ -9,9 +9,10 @@ use serde::{
 };
 use serde_json::value::RawValue;
 use shared::{
-    message::{AckStatus, Answer, unmarked},
+    lifecycle::file::is_name,
+    message::{AckStatus, Answer, is_object, unmarked},
     money::Money,
-    order::{MAX_ID, currency, id, money, order_id_of, text, unquoted, whole_number},
+    order::{Amounts, currency, id, money, order_id_of, text, unquoted, whole_number},
     parked::short,
 };
 use uuid::Uuid;
@@ -84,7 +85,8 @@ pub(crate) fn correlation_id(header: &[u8]) -> Option<Uuid> {
 impl Heard {
     pub(crate) fn read(body: Option<&[u8]>) -> Self {
         let body = body.unwrap_or_default();
-        let whole = serde_json::from_slice::<Whole>(body).ok().filter(|whole| is_state(&whole.order_status));
+        let whole = serde_json::from_slice::<Whole>(body).ok();
+        let whole = whole.filter(|whole| is_object(body) && is_name(&whole.order_status));
         let Some(whole) = whole else { return Self::read_foreign(body) };
         let Whole { correlation_id, event_id, order_id, version, .. } = whole;
         Self {
@@ -108,13 +110,16 @@ impl Heard {
     /// such a form is there, and is not ours.
     fn read_foreign(body: &[u8]) -> Self {
         let fields: HashMap<String, &RawValue> = serde_json::from_slice(unmarked(body)).unwrap_or_default();
-        let there = |name| fields.get(name).copied().filter(|value| !matches!(value.get(), "null" | "\"\""));
+        let there = |name: &str| {
+            let value = fields.get(name).or_else(|| fields.get(&camel_case(name))).copied();
+            value.filter(|value| !matches!(value.get(), "null" | "\"\""))
+        };
         let ours = |value| text(value).and_then(|text| Uuid::try_parse(text.trim()).ok());
         let order = |value| ours(value).or_else(|| Some(order_id_of(&id(value)?)));
         let told = there("status").and_then(status).map_or(Told::Nothing, |status| {
             Told::Part(Box::new(Part {
                 status,
-                order_status: there("order_status").and_then(text).map(Cow::into_owned).filter(|text| is_state(text)),
+                order_status: there("order_status").and_then(text).map(Cow::into_owned).filter(|text| is_name(text)),
                 order_version: there("order_version").and_then(number),
                 amount: there("amount").and_then(|value| money(value).ok()),
                 currency: there("currency").and_then(text).filter(|code| currency(code).is_ok()).map(Cow::into_owned),
@@ -134,11 +139,7 @@ impl Heard {
     /// The field by which it answers another request than this, if one does.
     pub(crate) fn mistake(&self, asked: &Asked) -> Option<&'static str> {
         let is_other = |said: Option<Uuid>, own: Uuid| said.is_some_and(|said| said != own);
-        let (order_version, superseded_by) = match &self.told {
-            Told::Whole(answer) => (Some(answer.order_version), answer.superseded_by),
-            Told::Part(part) => (part.order_version, part.superseded_by),
-            Told::Nothing => (None, None),
-        };
+        let (order_version, superseded_by) = self.versions();
         let mistakes = [
             ("correlation_id", is_other(self.correlation_id, asked.correlation_id)),
             ("order_id", is_other(self.order_id, asked.order_id)),
@@ -150,22 +151,38 @@ impl Heard {
         ];
         mistakes.into_iter().find(|(_, is_one)| *is_one).map(|(field, _)| field)
     }
+
+    /// Does it tell of a version that an order has not come to which is at this one? Whoever answers makes one
+    /// more at most.
+    pub(crate) fn is_ahead_of(&self, version: i64) -> bool {
+        let (order_version, superseded_by) = self.versions();
+        [order_version, superseded_by].into_iter().flatten().any(|said| said > version.saturating_add(1))
+    }
+
+    /// Those of the order, as it tells them.
+    fn versions(&self) -> (Option<i64>, Option<i64>) {
+        match &self.told {
+            Told::Whole(answer) => (Some(answer.order_version), answer.superseded_by),
+            Told::Part(part) => (part.order_version, part.superseded_by),
+            Told::Nothing => (None, None),
+        }
+    }
 }
 
 impl Part {
-    /// Is nothing missing that a caller is told?
-    pub(crate) fn is_whole(&self) -> bool {
-        self.order_status.is_some() && self.order_version.is_some() && self.amount.is_some() && self.currency.is_some()
-    }
-
-    /// With what is missing, from the order.
+    /// With what is missing, from the order. An amount that cannot be paid in the order's currency is missing.
     pub(crate) fn filled_in(self, order: State) -> Answer {
+        let is_payable = |amount: &Money| match (&self.currency, &order.currency) {
+            (Some(told), Some(own)) if told != own => false,
+            (_, Some(own)) => Amounts::Payable.check(*amount, own).is_ok(),
+            (_, None) => true,
+        };
         Answer {
             status: self.status,
             order_status: self.order_status.unwrap_or(order.status),
             order_version: self.order_version.unwrap_or(order.version),
-            amount: self.amount.or(order.amount),
-            currency: self.currency.or(order.currency),
+            amount: self.amount.filter(is_payable).or(order.amount),
+            currency: order.currency.or(self.currency),
             error: self.error,
             superseded_by: self.superseded_by,
         }
@@ -183,8 +200,11 @@ fn number(value: &RawValue) -> Option<i64> {
     whole_number(unquoted(value))?.parse().ok().filter(|number| *number >= 0)
 }
 
-fn is_state(text: &str) -> bool {
-    !text.is_empty() && text.chars().count() <= MAX_ID
+/// `order_version` is `orderVersion` to others.
+fn camel_case(name: &str) -> String {
+    let mut words = name.split('_');
+    let first = words.next().unwrap_or_default().to_owned();
+    words.fold(first, |said, word| said + &word[..1].to_ascii_uppercase() + &word[1..])
 }
 
 #[cfg(test)]
@@ -249,10 +269,14 @@ mod tests {
                 "new",
                 4,
                 "7.5",
-                "BRL",
+                "EUR",
             ),
             (whole().replace("4,", r#""4","#).replace("59.980", r#""59.98""#), "done", 4, "59.98", "EUR"),
             (whole().replace("4,", "4.0,"), "done", 4, "59.980", "EUR"),
+            (whole().replace("4,", r#""4","#).replace("null", r#""JPY""#), "done", 4, "7.5", "EUR"),
+            (whole().replace("4,", r#""4","#).replace("59.980", "1.234"), "done", 4, "7.5", "EUR"),
+            (whole().replace("done", "<b>done\\n"), "new", 4, "59.980", "EUR"),
+            (whole().replace("order_status", "orderStatus").replace("order_v", "orderV"), "done", 4, "59.980", "EUR"),
             (whole().replace("4,", r#""soon","#), "done", 3, "59.980", "EUR"),
             (whole().replace("done", &"x".repeat(256)), "new", 4, "59.980", "EUR"),
         ] {
@@ -296,6 +320,7 @@ mod tests {
             (r#"{"version":0,"status":"processed"}"#.to_owned(), "version"),
             (r#"{"version":"three","status":"processed"}"#.to_owned(), "version"),
             (r#"{"order_id":"17"}"#.to_owned(), "order_id"),
+            (r#"{"orderId":"17","status":"processed"}"#.to_owned(), "order_id"),
         ] {
             assert_eq!(mistake(&body), Some(field), "{body}");
         }
@@ -303,7 +328,9 @@ mod tests {
 
     #[test]
     fn what_has_no_status_that_we_know_is_no_answer() {
-        for body in ["", "garbage", "[]", "null", "{}", r#"{"status":"exploded"}"#, r#"{"status":7}"#, "[[[[[["] {
+        let list = format!(r#"["{CORRELATION}","{EVENT}","{ORDER}",3,"processed","done",4,1.5,"EUR",null,null]"#);
+        for body in [&list, "", "garbage", "[]", "null", "{}", r#"{"status":"exploded"}"#, r#"{"status":7}"#, "[[[[[["]
+        {
             assert_eq!(answer(body), None, "{body}");
             assert_eq!(mistake(body), None, "{body}");
         }

@@ -170,7 +170,11 @@ impl Orders {
                 let (order_id, event_id, version) = (*order_id, *event_id, state.version);
                 let asked = Asked { correlation_id, order_id, event_id, version };
                 match heard {
-                    Heard { told: Told::Whole(answer), .. } if heard.mistake(&asked).is_none() => Some(answer),
+                    Heard { told: Told::Whole(answer), .. }
+                        if heard.mistake(&asked).is_none() && !heard.is_ahead_of(version) =>
+                    {
+                        Some(answer)
+                    }
                     heard => Box::pin(self.make_out(heard, &asked, state, waiter, until)).await,
                 }
             }
@@ -202,7 +206,7 @@ impl Orders {
         waiter: &mut Waiter,
         until: Instant,
     ) -> Option<Answer> {
-        while let Some(field) = heard.mistake(asked) {
+        while let Some(field) = self.mistake(&heard, asked, until).await {
             // The right one may have come while nobody listened: then it is in the history.
             waiter.wait_on();
             self.foreign.note("mistaken", asked, &format!("its {field} is of another one; the caller waits on"));
@@ -222,17 +226,28 @@ impl Orders {
         }
     }
 
+    /// The field by which it is no answer to this request.
+    async fn mistake(&self, heard: &Heard, asked: &Asked, until: Instant) -> Option<&'static str> {
+        let mistake = heard.mistake(asked);
+        if mistake.is_some() || !heard.is_ahead_of(asked.version) {
+            return mistake;
+        }
+        // Others may have changed the order meanwhile.
+        let version = self.state_now(asked, until).await.map_or(asked.version, |state| state.version);
+        heard.is_ahead_of(version).then_some("order_version")
+    }
+
     /// From the order as it is now; should that not be known in time, as the request left it.
     async fn fill_in(&self, part: Part, asked: &Asked, state: &State, until: Instant) -> Answer {
         metrics::counter!("orderstream_foreign_answers_total", "result" => "filled_in").increment(1);
-        let now = match part.is_whole() {
-            true => None,
-            false => self.foreign.look(until, read::state(&self.db, asked.order_id)).await,
-        };
-        let now = now.and_then(|read| {
-            read.inspect_err(|error| tracing::debug!(error = error.chain(), "filling in an answer")).ok().flatten()
-        });
-        part.filled_in(now.unwrap_or_else(|| state.clone()))
+        part.filled_in(self.state_now(asked, until).await.unwrap_or_else(|| state.clone()))
+    }
+
+    async fn state_now(&self, asked: &Asked, until: Instant) -> Option<State> {
+        let read = self.foreign.look(until, read::state(&self.db, asked.order_id)).await?;
+        read.inspect_err(|error| tracing::debug!(error = error.chain(), "looking at the order of an answer"))
+            .ok()
+            .flatten()
     }
 
     /// What a request asks the writer for.

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use rdkafka::{Message as _, message::BorrowedMessage};
 use shared::{
     lifecycle::Lifecycles,
-    message::{Event, Headers, unmarked},
+    message::{Event, Headers, is_object, unmarked},
     order,
 };
 use uuid::Uuid;
@@ -101,6 +101,9 @@ impl Record {
 }
 
 fn event(body: &[u8]) -> Result<Event<'_>, String> {
+    if !is_object(body) {
+        return Err("not an event: no JSON object".to_owned());
+    }
     let event: Event<'_> = serde_json::from_slice(body).map_err(|error| format!("not an event: {error}"))?;
     if !(1..MAX_VERSION).contains(&event.version) {
         return Err(format!("not an event: version {} is none", event.version));

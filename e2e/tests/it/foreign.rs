@@ -222,7 +222,7 @@ async fn an_answer_of_another_order_event_or_version_is_not_told_and_the_caller_
     let api = system.api_with(&[LONGEST]).await;
     let other = || Uuid::now_v7().to_string();
     let forged = |event: &Message| and(whole(event), "order_status", "forged");
-    let lies: [(&str, Lie); 9] = [
+    let lies: [(&str, Lie); 11] = [
         ("order_id", |event| and(whole(event), "order_id", Uuid::now_v7().to_string())),
         ("order_id and little else", |_| json!({ "order_id": "17", "status": "processed" })),
         ("order_id without a status", |_| json!({ "order_id": Uuid::now_v7() })),
@@ -232,6 +232,8 @@ async fn an_answer_of_another_order_event_or_version_is_not_told_and_the_caller_
         ("version as text", |event| and(seed_003(event, "processed"), "version", "2")),
         ("version 0", |event| and(seed_003(event, "processed"), "version", 0)),
         ("an older version of the order", |event| and(whole(event), "order_version", 0)),
+        ("a version that the order has not come to", |event| and(whole(event), "order_version", 77_777)),
+        ("the same and little else", |event| and(seed_003(event, "processed"), "order_version", i64::MAX)),
     ];
     let callers = callers(&system, &api, lies.len()).await;
     let mistaken = r#"orderstream_foreign_answers_total{result="mistaken"}"#;

@@ -558,7 +558,9 @@ fn named(raw: &str, value: &str) -> String {
     }
 }
 
-fn is_name(name: &str) -> bool {
+/// May a lifecycle, a state or a trigger be called so?
+#[must_use]
+pub fn is_name(name: &str) -> bool {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
     (1..=64).contains(&name.len()) && name.chars().all(legal)
 }
