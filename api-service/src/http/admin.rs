@@ -1,12 +1,12 @@
 //! For operators, on a listener of its own: what is parked and what is stuck, and what to do about
 //! it (DESIGN 6.4). On loopback it is open; elsewhere each request carries `ADMIN_TOKEN`.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use axum::{
     Router,
     extract::{Path, Request, State},
-    http::{Method, StatusCode, header},
+    http::{HeaderMap, Method, StatusCode, header, uri::Authority},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -75,11 +75,33 @@ async fn check_token(State(admin): State<Admin>, request: Request, next: Next) -
             Problem::Unauthenticated("send Authorization: Bearer with ADMIN_TOKEN").into_response()
         }
         // A page in an operator's browser must not do what operators may.
-        None if request.headers().contains_key(header::ORIGIN) => {
+        None if is_of_browser(request.headers()) => {
             Problem::Forbidden("without ADMIN_TOKEN these routes are not for pages in a browser").into_response()
+        }
+        // Nor one that has its own name lead here (DNS rebinding).
+        None if !hosts(&request).all(is_loopback) => {
+            Problem::Forbidden("without ADMIN_TOKEN these routes are reached by 127.0.0.1, [::1] or localhost alone")
+                .into_response()
         }
         _ => next.run(request).await,
     }
+}
+
+fn is_of_browser(headers: &HeaderMap) -> bool {
+    // What its user has typed is of no page: `none`.
+    headers.contains_key(header::ORIGIN) || headers.get("sec-fetch-site").is_some_and(|site| site != "none")
+}
+
+/// Whom the caller means to speak to, each time that it says so.
+fn hosts(request: &Request) -> impl Iterator<Item = &str> {
+    let named = request.headers().get_all(header::HOST).iter().map(|host| host.to_str().unwrap_or("?"));
+    named.chain(request.uri().authority().map(Authority::as_str))
+}
+
+fn is_loopback(host: &str) -> bool {
+    let Ok(host) = host.parse::<Authority>() else { return false };
+    let name = host.host().trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// In a time that does not tell how much of it was right.

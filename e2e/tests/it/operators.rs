@@ -254,9 +254,21 @@ async fn bad_requests_of_operators_and_movers_are_named() {
         assert_eq!(reply.status, status, "{method} {path}: {}", reply.summary());
         reply.problem();
     }
-    let headers = [("origin", "https://elsewhere.example")];
-    let foreign = admin.send(Method::POST, "/admin/parked/discard?kind=failed", &headers, Default::default()).await;
-    foreign.expect("an answer").expect_status(403);
+    // A page's, by its own name or by one that leads here.
+    for header in [
+        ("origin", "https://elsewhere.example"),
+        ("sec-fetch-site", "same-origin"),
+        ("host", "elsewhere.example"),
+        ("host", "127.0.0.1.elsewhere.example:9080"),
+    ] {
+        let foreign =
+            admin.send(Method::POST, "/admin/parked/discard?kind=failed", &[header], Default::default()).await;
+        foreign.expect("an answer").expect_status(403);
+    }
+    for host in ["localhost:9080", "[::1]", "127.0.0.1"] {
+        let own = admin.send(Method::GET, "/admin/parked", &[("host", host)], Default::default()).await;
+        own.expect("an answer").expect_status(200);
+    }
     let order_id = api.http().post_order_async(&order("user")).await.expect_status(201).text("order_id");
     let long = "x".repeat(300);
     for (method, path, body, status) in [
