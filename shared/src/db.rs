@@ -473,11 +473,15 @@ struct Errors {
 impl bb8::ErrorSink<ConnectError> for Errors {
     fn sink(&self, error: ConnectError) {
         self.watched.doubt();
+        let what = match error {
+            ConnectError::Failed { .. } => "PostgreSQL is away",
+            ConnectError::Pooled { .. } => "no connection to PostgreSQL",
+        };
         let error = format!("{:#}", anyhow::Error::from(error));
         if self.told.lock().unwrap_or_else(PoisonError::into_inner).is_due(&error) {
-            tracing::warn!(error, "PostgreSQL is away");
+            tracing::warn!(error, "{what}");
         } else {
-            tracing::debug!(error, "PostgreSQL is away");
+            tracing::debug!(error, "{what}");
         }
     }
 
