@@ -152,14 +152,14 @@ impl Heard {
         mistakes.into_iter().find(|(_, is_one)| *is_one).map(|(field, _)| field)
     }
 
-    /// Does it tell of a version that an order has not come to which is at this one? Whoever answers makes one
-    /// more at most.
+    /// Does the answer tell of a version that an order at this one has not come to? A worker that handles one
+    /// event makes one more at most.
     pub(crate) fn is_ahead_of(&self, version: i64) -> bool {
         let (order_version, superseded_by) = self.versions();
         [order_version, superseded_by].into_iter().flatten().any(|said| said > version.saturating_add(1))
     }
 
-    /// Those of the order, as it tells them.
+    /// The order's versions, as the answer tells them: `order_version` and `superseded_by`.
     fn versions(&self) -> (Option<i64>, Option<i64>) {
         match &self.told {
             Told::Whole(answer) => (Some(answer.order_version), answer.superseded_by),

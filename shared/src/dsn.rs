@@ -130,7 +130,7 @@ fn config(dsn: &str, remedy: &str, may_be_named: impl Fn(&str) -> bool) -> anyho
     let servers = hosts.len().max(addresses.len());
     ensure!(servers > 0, "names no host");
     ensure!(hosts.iter().all(is_server), "names a host that cannot be one; its port is to stand in port; {FORMS}");
-    // Where other signs stand between the pairs, a password is read as a part of these.
+    // A user or database takes in the password behind it where other signs stand between the pairs.
     let is_name = |name: Option<&str>| name.is_none_or(|name| !name.contains([';', '=']));
     ensure!(is_name(config.get_user()) && is_name(config.get_dbname()), "is neither {FORMS}");
     // A connection would find these wrong, each time.

@@ -88,7 +88,7 @@ async fn check_token(State(admin): State<Admin>, request: Request, next: Next) -
 }
 
 fn is_of_browser(headers: &HeaderMap) -> bool {
-    // What its user has typed is of no page: `none`.
+    // A browser sends `none` for an address that its user has typed.
     headers.contains_key(header::ORIGIN) || headers.get("sec-fetch-site").is_some_and(|site| site != "none")
 }
 

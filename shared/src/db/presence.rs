@@ -49,13 +49,13 @@ impl Watched {
         self.doubted.notify_one();
     }
 
-    /// As [`Self::doubt`], where a connection fell silent.
+    /// Notes that a connection fell silent, and has somebody look.
     pub(super) fn silence(&self) {
         self.silent.store(true, Ordering::Relaxed);
         self.doubt();
     }
 
-    /// As [`Self::doubt`], where a connection leads to a server that is read-only.
+    /// Notes that a connection leads to a server that is read-only, and has somebody look.
     pub(super) fn mislead(&self) {
         self.misled.store(true, Ordering::Relaxed);
         self.doubt();

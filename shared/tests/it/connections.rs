@@ -1,4 +1,4 @@
-//! Which connections of a pool are used again.
+//! The pool uses a connection again only while it leads to the server that is meant.
 
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ async fn session(connection: &Connection) -> i32 {
 }
 
 #[tokio::test]
-async fn one_connection_that_proves_to_be_read_only_takes_the_others_of_its_time_with_it() {
+async fn one_read_only_connection_ends_all_of_its_time() {
     let _turn = beside_others().await;
     let test_db = TestDb::new().await;
     let pool = Pool::at(test_db.dsn(), 3);
@@ -73,7 +73,7 @@ async fn one_connection_that_proves_to_be_read_only_takes_the_others_of_its_time
 }
 
 #[tokio::test]
-async fn a_server_is_not_away_that_has_room_for_no_more_connections_while_all_of_the_pool_work() {
+async fn a_full_server_is_not_away_while_the_pool_works() {
     let _turn = beside_others().await;
     let test_db = TestDb::new().await;
     let pool = Pool::at(test_db.dsn(), 2);
